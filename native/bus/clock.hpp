@@ -1,0 +1,86 @@
+// Virtual time, and timers on it.
+//
+// Clock::now() is nanoseconds since the machine was created. Free-running: the host's monotonic
+// clock, less the time the machine was paused. Deterministic: a vCPU moves it with advance_to() as it
+// executes; nothing else does, so two runs see the same times.
+//
+// Timers fire in the thread that calls run_expired(): the machine's event-loop thread when
+// free-running, the (single) vCPU's thread between blocks when deterministic. A callback runs without
+// the clock's mutex held and may arm timers, raise interrupts and take device locks.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <limits>
+#include <map>
+#include <mutex>
+
+#include "base/types.hpp"
+
+namespace polyvisor {
+
+using Nanoseconds = u64;
+inline constexpr Nanoseconds kNever = std::numeric_limits<u64>::max();
+
+class Clock {
+  public:
+    enum class Mode { kFreeRunning, kDeterministic };
+    explicit Clock(Mode mode = Mode::kFreeRunning);
+    ~Clock();
+
+    Mode mode() const { return mode_; }
+    Nanoseconds now() const;
+    /// Deterministic only: virtual time has reached `time`. Going back is ignored.
+    void advance_to(Nanoseconds time);
+    /// Free-running only: stop and continue virtual time (machine paused).
+    void pause();
+    void resume();
+    /// Sets virtual time (restore of a snapshot). The machine must not be running.
+    void set(Nanoseconds time);
+
+    /// Runs the callbacks of all timers with deadline <= now(), in deadline order (ties: arming
+    /// order). Returns the next deadline or kNever.
+    Nanoseconds run_expired();
+    Nanoseconds next_deadline() const;
+    /// Called (from any thread, no lock held) when the earliest deadline became earlier: the event
+    /// loop re-arms its wait, the deterministic run loop shortens its budget.
+    void set_rearm(std::function<void()> callback) { rearm_ = std::move(callback); }
+
+  private:
+    friend class Timer;
+    struct Entry {
+        class Timer* timer;
+    };
+    Mode mode_;
+    mutable std::mutex mutex_;  // a leaf
+    std::atomic<u64> virtual_now_{0};
+    u64 host_offset_ = 0;  // virtual = host - offset
+    bool paused_ = false;
+    u64 sequence_ = 0;
+    std::map<std::pair<Nanoseconds, u64>, class Timer*> queue_;
+    class Timer* firing_ = nullptr;
+    std::function<void()> rearm_;
+};
+
+/// One timer; destroying it disarms it (and waits for a callback in progress on another thread).
+class Timer {
+  public:
+    Timer(Clock& clock, std::function<void()> callback);
+    ~Timer();
+    Timer(const Timer&) = delete;
+    Timer& operator=(const Timer&) = delete;
+
+    /// (Re)arms for the virtual time `deadline`; kNever disarms.
+    void arm(Nanoseconds deadline);
+    void disarm() { arm(kNever); }
+    Nanoseconds deadline() const;
+
+  private:
+    friend class Clock;
+    Clock& clock_;
+    std::function<void()> callback_;
+    Nanoseconds deadline_ = kNever;
+    u64 sequence_ = 0;
+};
+
+}  // namespace polyvisor

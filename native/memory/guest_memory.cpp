@@ -1,0 +1,142 @@
+#include "memory/guest_memory.hpp"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+
+#include "base/error.hpp"
+
+namespace polyvisor {
+
+namespace {
+
+std::string range_text(Gpa start, u64 size) {
+    char text[64];
+    std::snprintf(text, sizeof text, "0x%llx+0x%llx", static_cast<unsigned long long>(start.value),
+                  static_cast<unsigned long long>(size));
+    return text;
+}
+
+}  // namespace
+
+GuestMemory::Region& GuestMemory::add(Gpa start, u64 size, std::string name, bool read_only) {
+    if (size == 0 || (size & kPageMask) != 0 || (start.value & kPageMask) != 0) {
+        throw ConfigError("memory", "memory region '" + name + "' at " + range_text(start, size) +
+                                        " must start and end on a 4096-byte page");
+    }
+    if (start.value + size - 1 < start.value || start.value + size > bit(52)) {
+        throw MemoryRangeError(start.value, size,
+                               "memory region '" + name + "' at " + range_text(start, size) +
+                                   " reaches beyond the 52-bit physical address space");
+    }
+    for (const auto& region : regions_) {
+        if (start.value < region->start.value + region->size &&
+            region->start.value < start.value + size) {
+            throw MemoryRangeError(start.value, size,
+                                   "memory region '" + name + "' at " + range_text(start, size) +
+                                       " overlaps region '" + region->name + "' at " +
+                                       range_text(region->start, region->size));
+        }
+    }
+    auto region = std::make_unique<Region>();
+    region->start = start;
+    region->size = size;
+    region->read_only = read_only;
+    region->name = std::move(name);
+    region->fd = OwnedFd(::memfd_create(("polyvisor:" + region->name).c_str(), MFD_CLOEXEC));
+    if (!region->fd) throw_errno("cannot create guest memory");
+    if (::ftruncate(region->fd.get(), static_cast<off_t>(size)) != 0) {
+        throw_errno("cannot size guest memory to " + std::to_string(size) + " bytes");
+    }
+    region->mapping = Mapping(region->fd.get(), 0, size);
+    region->page_flags = std::make_unique<std::atomic<u8>[]>(size >> kPageShift);
+    auto at = std::find_if(regions_.begin(), regions_.end(),
+                           [&](const auto& other) { return other->start > start; });
+    return **regions_.insert(at, std::move(region));
+}
+
+const GuestMemory::Region* GuestMemory::find(Gpa gpa) const {
+    for (const auto& region : regions_) {  // a handful: a scan beats a search
+        if (region->contains(gpa.value)) return region.get();
+    }
+    return nullptr;
+}
+
+std::span<u8> GuestMemory::span(Gpa gpa, u64 size) const {
+    const Region* region = find(gpa);
+    if (region == nullptr || size > region->size - (gpa.value - region->start.value)) return {};
+    return {region->host(gpa.value), static_cast<std::size_t>(size)};
+}
+
+std::span<u8> GuestMemory::checked(Gpa gpa, u64 size) const {
+    auto found = span(gpa, size);
+    if (found.empty()) {
+        throw MemoryRangeError(gpa.value, size,
+                               "guest-physical range " + range_text(gpa, size) +
+                                   " is not backed by one memory region");
+    }
+    return found;
+}
+
+void GuestMemory::read(Gpa gpa, std::span<u8> into) const {
+    if (into.empty()) return;
+    if (auto whole = span(gpa, into.size()); !whole.empty()) {
+        std::memcpy(into.data(), whole.data(), into.size());
+        return;
+    }
+    for (u64 done = 0; done < into.size();) {  // first see that all of it is there
+        const Region* region = find(gpa + done);
+        if (region == nullptr) checked(gpa + done, into.size() - done);
+        done += region->size - (gpa.value + done - region->start.value);
+    }
+    for (u64 done = 0; done < into.size();) {
+        const Region* region = find(gpa + done);
+        u64 here = std::min<u64>(into.size() - done,
+                                 region->size - (gpa.value + done - region->start.value));
+        std::memcpy(into.data() + done, region->host(gpa.value + done), here);
+        done += here;
+    }
+}
+
+void GuestMemory::write(Gpa gpa, std::span<const u8> from) {
+    if (from.empty()) return;
+    for (u64 done = 0; done < from.size();) {
+        const Region* region = find(gpa + done);
+        if (region == nullptr) checked(gpa + done, from.size() - done);
+        done += region->size - (gpa.value + done - region->start.value);
+    }
+    for (u64 done = 0; done < from.size();) {
+        const Region* region = find(gpa + done);
+        u64 here = std::min<u64>(from.size() - done,
+                                 region->size - (gpa.value + done - region->start.value));
+        std::memcpy(region->host(gpa.value + done), from.data() + done, here);
+        done += here;
+    }
+    note_write(gpa, from.size());
+}
+
+void GuestMemory::note_write(Gpa gpa, u64 size) {
+    if (!observer_ || size == 0) return;
+    const Region* region = nullptr;
+    u64 first = align_down(gpa.value, kPageSize);
+    for (u64 page = first; page - first < size + (gpa.value - first); page += kPageSize) {
+        if (region == nullptr || !region->contains(page)) region = find(Gpa(page));
+        if (region == nullptr) continue;
+        if (region->flags(page).load(std::memory_order_relaxed) & kPageWriteTraps) {
+            u64 from = std::max(page, gpa.value);
+            observer_(Gpa(from), std::min(page + kPageSize, gpa.value + size) - from);
+        }
+    }
+}
+
+u64 GuestMemory::total_size() const {
+    u64 total = 0;
+    for (const auto& region : regions_) total += region->size;
+    return total;
+}
+
+}  // namespace polyvisor

@@ -21,7 +21,6 @@ class Bus {
     explicit Bus(std::string name, u64 limit) : name_(std::move(name)), limit_(limit) {}
 
     /// Claims [start, start+size) for `device`, which sees offsets from `start` plus `base`.
-    /// `python`: serving it needs the GIL, so native run loops hand it out as an exit instead.
     /// Throws MemoryRangeError on overlap, wrap-around or beyond the bus's limit.
     void attach(u64 start, u64 size, std::shared_ptr<Device> device, u64 base = 0);
     /// Releases the range that starts at `start`; throws MemoryRangeError when there is none.

@@ -29,6 +29,15 @@ class Clock {
     ~Clock();
 
     Mode mode() const { return mode_; }
+    /// The guest's time-stamp counter is a function of virtual time: now() * tsc_khz() / 10^6.
+    u64 tsc_khz() const { return tsc_khz_; }
+    void set_tsc_khz(u64 khz) { tsc_khz_ = khz; }
+    u64 tsc() const { return tsc_at(now()); }
+    u64 tsc_at(Nanoseconds time) const {
+        return static_cast<u64>(static_cast<u128>(time) * tsc_khz_ / 1'000'000);
+    }
+    /// The first time at which tsc_at() is >= tsc (kNever when that is beyond 2^63 ns).
+    Nanoseconds time_of_tsc(u64 tsc) const;
     Nanoseconds now() const;
     /// Deterministic only: virtual time has reached `time`. Going back is ignored.
     void advance_to(Nanoseconds time);
@@ -52,6 +61,7 @@ class Clock {
         class Timer* timer;
     };
     Mode mode_;
+    u64 tsc_khz_ = 1'000'000;  // 1 GHz: a tick is a nanosecond
     mutable std::mutex mutex_;  // a leaf
     std::atomic<u64> virtual_now_{0};
     u64 host_offset_ = 0;  // virtual = host - offset

@@ -1,0 +1,39 @@
+// CPUID as a policy: a list of leaves that a vCPU answers, made once per machine from a named model,
+// what the engine implements and what the host has. Features are also a mask that the soft engine's
+// decoder uses, so that CPUID and behaviour cannot disagree.
+#pragma once
+
+#include <string_view>
+#include <vector>
+
+#include "base/types.hpp"
+#include "cpu/features.hpp"
+
+namespace polyvisor {
+
+struct CpuidLeaf {
+    u32 leaf = 0;
+    u32 subleaf = 0;
+    bool has_subleaf = false;
+    u32 eax = 0, ebx = 0, ecx = 0, edx = 0;
+};
+
+struct CpuidPolicy {
+    std::vector<CpuidLeaf> leaves;
+    FeatureSet features;
+    u64 tsc_khz = 1'000'000;
+    u32 cpus = 1;
+    u8 physical_bits = 40;
+
+    /// What CPUID gives for leaf/subleaf on vCPU `apic_id`; topology and XSAVE sizes that depend on
+    /// the running CPU (XCR0, OSXSAVE) are the engine's to patch. Unknown leaves give zeros.
+    CpuidLeaf find(u32 leaf, u32 subleaf, u32 apic_id) const;
+};
+
+/// model: "host" (all the engine has), "baseline", "x86-64-v2", "x86-64-v3". `implemented` is what the
+/// engine offers; the result is never more than that and the host (except bits that need no host).
+/// Throws ConfigError for an unknown model or one the host cannot give.
+CpuidPolicy make_cpuid_policy(std::string_view model, const FeatureSet& implemented, u32 cpus,
+                              u64 tsc_khz);
+
+}  // namespace polyvisor

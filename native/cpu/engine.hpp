@@ -1,0 +1,86 @@
+// What the rest of polyvisor knows of an engine.
+//
+// To add an engine: derive Engine and Vcpu in a folder of layer 5, map CpuState to what the engine
+// keeps (round trips must be exact), serve claimed port and memory accesses through the two buses
+// inside run(), and return from run() only for the reasons in cpu/exit.hpp. machine/ picks engines by
+// name; tests/guests run against each.
+//
+//     auto engine = soft::create_engine({memory, pio, mmio, clock, cpuid});
+//     auto vcpu = engine->create_vcpu(0, lapic);
+//     vcpu->restore(reset_state(true));
+//     Exit exit = vcpu->run();
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "bus/bus.hpp"
+#include "bus/clock.hpp"
+#include "bus/interrupts.hpp"
+#include "cpu/cpuid.hpp"
+#include "cpu/exit.hpp"
+#include "cpu/state.hpp"
+#include "memory/guest_memory.hpp"
+
+namespace polyvisor {
+
+/// One virtual CPU. run(), save() and restore() belong to one thread at a time; the CpuSignals calls
+/// and request_stop() are safe from any thread.
+class Vcpu : public CpuSignals {
+  public:
+    /// Runs until an exit. Guest faults are delivered inside; host errors throw.
+    virtual Exit run() = 0;
+    /// Makes run() return kInterrupted soon (within a millisecond, whatever the guest does), also the
+    /// next run() if none is in progress.
+    virtual void request_stop() = 0;
+    /// run() returns kInterrupted after exactly this many more instructions; ~0 for no limit.
+    /// Only where caps().instruction_budget; otherwise throws StateMismatch.
+    virtual void set_instruction_budget(u64 instructions) = 0;
+
+    virtual CpuState save() const = 0;
+    /// Validates first: throws StateError and changes nothing when the state is impossible.
+    virtual void restore(const CpuState& state) = 0;
+    virtual u32 id() const = 0;
+
+    /// Translates a guest-virtual address with the present CR3 and mode, without side effects.
+    /// False when it is not mapped.
+    virtual bool translate(u64 gva, u64& gpa) const = 0;
+
+    /// Counters by name ("instructions", "blocks translated", "tlb fills", ...), for profiles.
+    struct Counter {
+        std::string name;
+        u64 value;
+    };
+    virtual std::vector<Counter> counters() const = 0;
+};
+
+struct Caps {
+    bool instruction_budget = false;
+    bool deterministic = false;
+    bool nested_paging = false;
+};
+
+/// Everything an engine is given. The references outlive it.
+struct EngineConfig {
+    GuestMemory& memory;
+    Bus& pio;
+    Bus& mmio;
+    Clock& clock;
+    CpuidPolicy cpuid;
+    Log* log = nullptr;
+    bool hypercall_exits = false;
+    bool deterministic = false;
+    /// Virtual nanoseconds per thousand instructions in deterministic mode.
+    u64 ns_per_1000_instructions = 1000;
+};
+
+class Engine {
+  public:
+    virtual ~Engine() = default;
+    virtual Caps caps() const = 0;
+    virtual const char* name() const = 0;
+    /// `lapic` outlives the vCPU and may be nullptr (no interrupts but NMI).
+    virtual std::unique_ptr<Vcpu> create_vcpu(u32 id, LocalInterrupts* lapic) = 0;
+};
+
+}  // namespace polyvisor

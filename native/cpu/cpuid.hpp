@@ -4,6 +4,7 @@
 #pragma once
 
 #include <string_view>
+#include <string>
 #include <vector>
 
 #include "base/types.hpp"

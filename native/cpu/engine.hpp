@@ -13,7 +13,9 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
+#include "base/log.hpp"
 #include "bus/bus.hpp"
 #include "bus/clock.hpp"
 #include "bus/interrupts.hpp"

@@ -1,0 +1,189 @@
+"""What a machine is made of, as validated data (msgspec structs, so also from TOML or JSON)."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Literal, cast, get_args
+
+import msgspec
+
+from polyvisor.errors import ConfigError
+
+EngineName = Literal["auto", "soft", "kvm"]
+
+PAGE_SIZE = 4096
+MIN_MEMORY = 1 << 20
+#: Guest-physical addresses have 40 bits; the top of them is left to devices.
+MAX_MEMORY = 1 << 39
+#: APIC ids fit the 8 bits of xAPIC mode; 0xff is the broadcast address.
+MAX_CPUS = 254
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(?:i?b)?|b)?\s*", re.IGNORECASE)
+_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The arguments of `polyvisor.Machine`. Checked by `validated()`, not when constructed."""
+
+    #: Bytes of RAM, or text with a unit: "512M", "2G" (powers of 1024); a multiple of 4096.
+    memory: int | str = 512 << 20
+    #: Virtual CPUs, each with a host thread of its own.
+    cpus: int = 1
+    engine: EngineName = "auto"
+    #: "host" (all that engine and host have), "baseline", "x86-64-v2" or "x86-64-v3".
+    cpu_model: str = "host"
+    #: Time is a function of the instructions executed; two runs are identical. One CPU, `soft` only.
+    deterministic: bool = False
+    #: The guest's time-stamp counter, in kHz.
+    tsc_khz: int = 1_000_000
+    #: Deterministic mode: virtual nanoseconds that a thousand instructions take.
+    ns_per_1000_instructions: int = 1000
+    #: What the RTC says at start, in seconds since 1970 (UTC). None: the host's time, and in
+    #: deterministic mode the start of 2026.
+    wall_clock: float | None = None
+    #: For people: in error messages and the names of host threads.
+    name: str = "machine"
+
+    @property
+    def memory_size(self) -> int:
+        """`memory` in bytes."""
+        return parse_size(self.memory)
+
+    def validated(self) -> MachineConfig:
+        """This configuration with `memory` as an int; raises `ConfigError` when it cannot work."""
+        size = parse_size(self.memory)
+        if size < MIN_MEMORY:
+            raise ConfigError(
+                f"memory is {show_size(size)}, but a PC needs at least {show_size(MIN_MEMORY)}; "
+                f'give for example memory="512M"',
+                field="memory",
+            )
+        if size % PAGE_SIZE:
+            raise ConfigError(
+                f"memory of {size} bytes is not a whole number of 4096-byte pages", field="memory"
+            )
+        if size > MAX_MEMORY:
+            raise ConfigError(
+                f"memory of {show_size(size)} is beyond the most a machine can have, "
+                f"{show_size(MAX_MEMORY)}",
+                field="memory",
+            )
+        host = host_memory()
+        if host and size > host:
+            raise ConfigError(
+                f"memory of {show_size(size)} is more than this host has with its swap, "
+                f"{show_size(host)}; give the machine less",
+                field="memory",
+            )
+        self._check_int("cpus", 1, MAX_CPUS)
+        self._check_int("tsc_khz", 1_000, 100_000_000)
+        self._check_int("ns_per_1000_instructions", 1, 1_000_000_000)
+        if self.engine not in get_args(EngineName):
+            raise ConfigError(
+                f"there is no engine {self.engine!r}; choose one of "
+                f"{', '.join(get_args(EngineName))}",
+                field="engine",
+            )
+        if self.deterministic and self.cpus != 1:
+            raise ConfigError(
+                f"deterministic mode runs one CPU, not {self.cpus}; give cpus=1", field="cpus"
+            )
+        if self.deterministic and self.engine == "kvm":
+            raise ConfigError(
+                'deterministic mode needs an engine that counts instructions; give engine="soft"',
+                field="engine",
+            )
+        return msgspec.structs.replace(self, memory=size)
+
+    def _check_int(self, field: str, low: int, high: int) -> None:
+        value = getattr(self, field)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(
+                f"{field} must be a whole number, not {value!r}", field=field
+            )
+        if not low <= value <= high:
+            raise ConfigError(
+                f"{field} is {value}, but must be from {low} to {high}", field=field
+            )
+
+
+def parse_size(value: int | str, field: str = "memory") -> int:
+    """Bytes of a size: an int, or text such as "64K", "512M", "1.5G", "2GiB" (powers of 1024)."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ConfigError(
+            f'{field} must be a number of bytes or text such as "512M", not {value!r}', field=field
+        )
+    if isinstance(value, int):
+        if value < 0:
+            raise ConfigError(f"{field} cannot be negative: {value}", field=field)
+        return value
+    match = _SIZE.fullmatch(value)
+    if match is None:
+        raise ConfigError(
+            f'cannot read {field} {value!r}; give bytes or a unit of K, M, G or T, as in "512M"',
+            field=field,
+        )
+    number, unit = match.groups()
+    factor = _UNITS[unit.lower()] if unit else 1
+    if "." not in number:
+        return int(number) * factor
+    size = float(number) * factor
+    if size != int(size):
+        raise ConfigError(f"{field} {value!r} is not a whole number of bytes", field=field)
+    return int(size)
+
+
+def show_size(size: int) -> str:
+    """A size for people: "512 MiB", "4 KiB", "100 bytes"."""
+    for letter in "tgmk":
+        unit = _UNITS[letter]
+        if size >= unit and size * 10 % unit == 0:
+            return f"{size / unit:g} {letter.upper()}iB"
+    for letter in "gm":
+        if size >= _UNITS[letter]:
+            return f"{size / _UNITS[letter]:.1f} {letter.upper()}iB"
+    return f"{size} bytes"
+
+
+def host_memory() -> int:
+    """RAM and swap of this host in bytes; 0 when it cannot be told."""
+    total = 0
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith(("MemTotal:", "SwapTotal:")):
+                    total += int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        return 0
+    return total
+
+
+def from_dict(values: dict[str, object]) -> MachineConfig:
+    """A validated configuration from plain data, as TOML or JSON give it."""
+    try:
+        config = msgspec.convert(values, MachineConfig)
+    except msgspec.ValidationError as error:
+        found = re.search(r"\$\.(\w+)|field `(\w+)`", str(error))
+        field = next((group for group in found.groups() if group), "") if found else ""
+        raise ConfigError(f"machine configuration: {error}", field=field) from None
+    return config.validated()
+
+
+def from_toml(path: str | os.PathLike[str]) -> MachineConfig:
+    """A validated configuration from the table ``[machine]`` (or the top) of a TOML file."""
+    import tomllib
+
+    try:
+        with open(path, "rb") as file:
+            values = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read configuration {os.fspath(path)!r}: {error.strerror}", field=""
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{os.fspath(path)!r} is not TOML: {error}", field="") from None
+    table = values.get("machine", values)
+    if not isinstance(table, dict):
+        raise ConfigError(f"'machine' in {os.fspath(path)!r} must be a table", field="machine")
+    return from_dict(cast("dict[str, object]", table))

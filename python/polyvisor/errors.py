@@ -1,0 +1,140 @@
+"""Every exception that polyvisor raises on purpose.
+
+The text is one sentence that says what went wrong, where, and what to do. What a program may want to
+know is in the fields, so that nobody has to parse the sentence. The classes up to `StateMismatch`
+have a C++ twin of the same name in ``native/base/error.hpp``; ``src/errors.cpp`` translates.
+"""
+
+from __future__ import annotations
+
+
+class Error(Exception):
+    """Base class of all of polyvisor's own exceptions."""
+
+
+class ConfigError(Error, ValueError):
+    """A value in a configuration or a call that cannot be used; `field` names it."""
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class MemoryRangeError(Error, IndexError):
+    """Guest-physical range [`gpa`, `gpa` + `size`) is not backed by memory, or is taken already."""
+
+    def __init__(self, message: str, *, gpa: int = 0, size: int = 0) -> None:
+        super().__init__(message)
+        self.gpa = gpa
+        self.size = size
+
+
+class HostError(Error):
+    """A system call of the host failed: its `errno`, and the `path` it was about ("" for none)."""
+
+    def __init__(self, message: str, *, errno: int = 0, path: str = "") -> None:
+        super().__init__(message)
+        self.errno = errno
+        self.path = path
+
+
+class StateError(Error, ValueError):
+    """A saved or given state that no machine can be in; nothing was changed. `field` names it."""
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class EngineUnavailable(Error):
+    """`engine` cannot run here; `reason` is a short key such as "missing" or "permission"."""
+
+    def __init__(self, message: str, *, engine: str = "", reason: str = "") -> None:
+        super().__init__(message)
+        self.engine = engine
+        self.reason = reason
+
+
+class StateMismatch(Error, RuntimeError):
+    """The call does not fit what the machine is doing now (running, ended, closed, ...)."""
+
+
+class ImageError(Error):
+    """A kernel, initrd or other guest file that is missing, corrupt or too big: `path`, `reason`."""
+
+    def __init__(self, message: str, *, path: str = "", reason: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+        self.reason = reason
+
+
+class DeviceError(Error):
+    """A device written in Python raised; the machine was stopped.
+
+    The device's own exception, with its traceback, is ``__cause__``. `device` is its class's name,
+    `access` is "read", "write", "timer" or "reset", `offset` and `size` are those of the access.
+    """
+
+    def __init__(
+        self, message: str, *, device: str = "", access: str = "", offset: int = 0, size: int = 0
+    ) -> None:
+        super().__init__(message)
+        self.device = device
+        self.access = access
+        self.offset = offset
+        self.size = size
+
+
+class MachineTimeout(Error, TimeoutError):
+    """The machine did not end within `seconds` and was stopped."""
+
+    def __init__(self, message: str, *, seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+
+class ConsoleTimeout(Error, TimeoutError):
+    """`pattern` did not appear on the console within `seconds`; `tail` is the console's end."""
+
+    def __init__(
+        self, message: str, *, pattern: str = "", seconds: float = 0.0, tail: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.pattern = pattern
+        self.seconds = seconds
+        self.tail = tail
+
+
+class ConsoleClosed(Error, EOFError):
+    """The machine ended before `pattern` appeared on its console; `tail` is the console's end."""
+
+    def __init__(self, message: str, *, pattern: str = "", tail: str = "") -> None:
+        super().__init__(message)
+        self.pattern = pattern
+        self.tail = tail
+
+
+class GuestError(Error):
+    """The guest did not do what was asked of it (panicked, reset, ...); `tail` is its console's end."""
+
+    def __init__(self, message: str, *, reason: str = "", tail: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.tail = tail
+
+
+__all__ = [
+    "ConfigError",
+    "ConsoleClosed",
+    "ConsoleTimeout",
+    "DeviceError",
+    "EngineUnavailable",
+    "Error",
+    "GuestError",
+    "HostError",
+    "ImageError",
+    "MachineTimeout",
+    "MemoryRangeError",
+    "StateError",
+    "StateMismatch",
+]

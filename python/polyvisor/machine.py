@@ -1,0 +1,356 @@
+"""`Machine`: a PC to run a guest in."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import msgspec
+
+from polyvisor import _native
+from polyvisor.config import EngineName, MachineConfig
+from polyvisor.console import Console
+from polyvisor.cpu import Cpu
+from polyvisor.devices import install_standard
+from polyvisor.errors import ConfigError, DeviceError, MachineTimeout
+from polyvisor.memory import Memory
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+#: Why a machine ended.
+#:
+#: - ``power_off``: the guest switched itself off (ACPI S5).
+#: - ``reset``: the guest asked for a reset (keyboard controller, port 0xCF9, ACPI reset register).
+#: - ``triple_fault``: a CPU shut down.
+#: - ``debug_exit``: the guest wrote to the debug-exit port; `ExitInfo.status` is the status.
+#: - ``halted``: every CPU is halted and nothing can ever wake one.
+#: - ``stopped``: the host stopped it.
+#: - ``device_error``: a device written in Python raised (`wait` raises `DeviceError` instead).
+#: - ``engine_failure``: the engine could not go on; `ExitInfo.detail` says why.
+Reason = Literal[
+    "power_off",
+    "reset",
+    "triple_fault",
+    "debug_exit",
+    "halted",
+    "stopped",
+    "device_error",
+    "engine_failure",
+]
+
+#: What a machine is doing.
+State = Literal["created", "running", "paused", "ended", "closed"]
+
+E820_RAM = 1
+E820_RESERVED = 2
+
+
+class ExitInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """How a machine ended."""
+
+    reason: Reason
+    #: What the guest wrote to the debug-exit port; 0 for every other reason.
+    status: int = 0
+    #: A sentence for people; may be "".
+    detail: str = ""
+    #: The CPU that ended it.
+    cpu: int = 0
+
+    def __str__(self) -> str:
+        text = self.reason.replace("_", " ")
+        if self.reason == "debug_exit":
+            text += f" with status {self.status}"
+        return f"{text}: {self.detail}" if self.detail else text
+
+
+class Machine:
+    """A PC: CPUs, memory, interrupt chips, clocks, a serial port, a PCI bus, and your devices.
+
+    The arguments are the fields of `MachineConfig`. Use it as a context manager, or `close` it::
+
+        with polyvisor.Machine(memory="256M") as machine:
+            machine.load(kernel="vmlinuz", initrd="initrd.gz", cmdline="console=ttyS0")
+            machine.start()
+            machine.console.expect("login: ", timeout=30)
+            print(machine.stop())
+
+    A machine runs once: when it has ended it can be looked at, but not started again.
+    """
+
+    def __init__(
+        self,
+        config: MachineConfig | None = None,
+        *,
+        memory: int | str | None = None,
+        cpus: int | None = None,
+        engine: EngineName | str | None = None,
+        cpu_model: str | None = None,
+        deterministic: bool | None = None,
+        tsc_khz: int | None = None,
+        ns_per_1000_instructions: int | None = None,
+        wall_clock: float | None = None,
+        name: str | None = None,
+        standard_devices: bool = True,
+    ) -> None:
+        given = {
+            "memory": memory,
+            "cpus": cpus,
+            "engine": engine,
+            "cpu_model": cpu_model,
+            "deterministic": deterministic,
+            "tsc_khz": tsc_khz,
+            "ns_per_1000_instructions": ns_per_1000_instructions,
+            "wall_clock": wall_clock,
+            "name": name,
+        }
+        changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        config = msgspec.structs.replace(config or MachineConfig(), **changes).validated()
+        self.config: MachineConfig = config
+        self._native = _native.Machine(
+            memory=config.memory_size,
+            cpus=config.cpus,
+            engine=config.engine,
+            cpu_model=config.cpu_model,
+            deterministic=config.deterministic,
+            tsc_khz=config.tsc_khz,
+            ns_per_1000_instructions=config.ns_per_1000_instructions,
+            name=config.name,
+        )
+        # A machine that nobody closed must not keep its threads past the interpreter's end.
+        self._finalizer = weakref.finalize(self, self._native.close)
+        self.memory = Memory(self._native.memory)
+        self.console = Console(self._native)
+        self._cpus = [Cpu(self._native, self.memory, i) for i in range(config.cpus)]
+        #: The standard devices that are written in Python, by name ("rtc", "i8042").
+        self.devices: dict[str, object] = {}
+        if standard_devices:
+            self.devices.update(install_standard(self))
+
+    # --- what it is ------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The name given in the configuration."""
+        return self.config.name
+
+    @property
+    def engine(self) -> str:
+        """The engine that runs it: "soft" or "kvm"."""
+        return self._native.engine
+
+    @property
+    def memory_size(self) -> int:
+        """Bytes of RAM."""
+        return self.config.memory_size
+
+    @property
+    def cpus(self) -> int:
+        """How many virtual CPUs it has."""
+        return self.config.cpus
+
+    @property
+    def state(self) -> State:
+        """What it is doing now."""
+        return cast("State", self._native.state)
+
+    @property
+    def now(self) -> int:
+        """Virtual time: nanoseconds since the machine was made, not counting pauses."""
+        return self._native.now
+
+    @property
+    def tsc_khz(self) -> int:
+        """The frequency of the guest's time-stamp counter, in kHz."""
+        return self._native.tsc_khz
+
+    def cpu(self, index: int = 0) -> Cpu:
+        """Virtual CPU `index`, from 0."""
+        if not 0 <= index < len(self._cpus):
+            raise ConfigError(
+                f"there is no CPU {index}; machine {self.name!r} has {self.cpus}", field="index"
+            )
+        return self._cpus[index]
+
+    def e820(self) -> list[tuple[int, int, int]]:
+        """(start, size, type) of physical memory as firmware would report it (ACPI 6.5, 15).
+
+        RAM below 640 KiB, the area of ROMs and tables up to 1 MiB reserved, then RAM up to 3 GiB
+        and from 4 GiB on. (The reserved area is backed by memory, for the tables.)
+        """
+        entries = [(0, 0xA0000, E820_RAM), (0xA0000, 0x60000, E820_RESERVED)]
+        for region in self.memory.regions:
+            start, end = max(region.start, 0x100000), region.start + region.size
+            if end > start:
+                entries.append((start, end - start, E820_RAM))
+        return entries
+
+    # --- what is in it ---------------------------------------------------------------------------
+
+    def load(
+        self,
+        kernel: str | os.PathLike[str],
+        initrd: str | os.PathLike[str] | None = None,
+        cmdline: str = "",
+    ) -> None:
+        """Puts a kernel (bzImage, or ELF with a PVH or 64-bit entry) into memory and CPU 0 at its
+        start. Raises `ImageError` when a file cannot be used."""
+        from polyvisor import boot
+
+        boot.load(self, kernel, initrd, cmdline)
+
+    def load_raw(self, gpa: int, data: Buffer) -> None:
+        """Stores bytes at a guest-physical address; see `Cpu.enter_real_mode` and its likes."""
+        self.memory.write(gpa, data)
+
+    def set_boot_registers(self, registers: Mapping[str, int]) -> None:
+        """Sets registers of CPU 0 by name, in one step (see `Registers`)."""
+        self.cpu(0).registers.apply(registers)
+
+    def add_port_device(self, port: int, device: object, size: int = 1, *, base: int = 0) -> None:
+        """Gives ports [port, port+size) to `device`, a Python object (see `polyvisor.devices`).
+
+        It sees offsets from `base` on, so that one device can serve several ranges. Raises
+        `MemoryRangeError` when a port is taken. Also while the machine runs.
+        """
+        self._native.add_port_device(port, size, device, base)
+
+    def add_memory_device(self, gpa: int, device: object, size: int, *, base: int = 0) -> None:
+        """Gives guest-physical [gpa, gpa+size) to `device`; see `add_port_device`."""
+        self._native.add_memory_device(gpa, size, device, base)
+
+    def remove_port_device(self, port: int) -> None:
+        """Takes away the device that starts at `port`."""
+        self._native.remove_port_device(port)
+
+    def remove_memory_device(self, gpa: int) -> None:
+        """Takes away the device that starts at `gpa`."""
+        self._native.remove_memory_device(gpa)
+
+    def irq(self, gsi: int) -> _native.IrqLine:
+        """The wire of global system interrupt `gsi` (0 to 15 are the ISA IRQs, up to 23 PCI)."""
+        return self._native.irq(gsi)
+
+    def timer(self, callback: Callable[[], None]) -> _native.Timer:
+        """A one-shot timer on virtual time. The callback runs on the machine's event-loop thread
+        (in deterministic mode: the CPU's thread); an exception in it stops the machine."""
+        return self._native.timer(callback)
+
+    # --- running it ------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts the CPUs and returns at once."""
+        self._native.start()
+
+    def pause(self) -> None:
+        """Returns when all CPUs stand still; virtual time stands still with them."""
+        self._native.pause()
+
+    def resume(self) -> None:
+        """Continues after `pause`."""
+        self._native.resume()
+
+    def wait(self, timeout: float | None = None) -> ExitInfo | None:
+        """Waits for the end; None when it has not come within `timeout` seconds.
+
+        Raises `DeviceError` when a Python device raised; the original exception is its cause.
+        """
+        return self._exit_info(self._native.wait(timeout))
+
+    def run(self, timeout: float | None = None) -> ExitInfo:
+        """Starts (or resumes) and waits for the end.
+
+        After `timeout` seconds the machine is stopped and `MachineTimeout` raised. Ctrl-C stops it
+        too, before KeyboardInterrupt is passed on.
+        """
+        if self.state == "paused":
+            self.resume()
+        elif self.state != "running":
+            self.start()
+        try:
+            info = self.wait(timeout)
+        except BaseException:
+            self._native.stop()
+            raise
+        if info is None:
+            self._native.stop()
+            raise MachineTimeout(
+                f"machine {self.name!r} did not end within {timeout:g} s and was stopped",
+                seconds=timeout or 0.0,
+            )
+        return info
+
+    def stop(self) -> ExitInfo:
+        """Ends it from outside, within a second; the way it ended first counts.
+
+        Called from a device or timer of the machine itself, it only asks for the end.
+        """
+        self._native.request_stop("stopped")
+        self._native.stop()
+        info = self._exit_info(self._native.wait(0))
+        return info if info is not None else ExitInfo(reason="stopped")
+
+    def end(self, reason: Reason, status: int = 0, detail: str = "") -> None:
+        """Asks for the end in the guest's name: how a device switches the machine off. Returns at
+        once; safe from devices and timers."""
+        self._native.request_stop(reason, status, detail)
+
+    def close(self) -> None:
+        """Stops it and releases threads and devices. Memory views taken before stay valid."""
+        self._finalizer()
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _exit_info(self, info: _native.StopInfo | None) -> ExitInfo | None:
+        if info is None:
+            return None
+        cause = self._native.take_device_exception()
+        if cause is not None:
+            raise device_error(cause, info.detail) from cause
+        return ExitInfo(
+            reason=cast("Reason", info.reason),
+            status=info.status,
+            detail=info.detail,
+            cpu=info.cpu,
+        )
+
+    # --- looking at it ---------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, int]:
+        """Counters by name: exits, unclaimed accesses, and the engine's own per CPU."""
+        return self._native.counters()
+
+    def ranges(self) -> list[tuple[str, int, int, str]]:
+        """(bus, start, size, device) of everything on the buses."""
+        return self._native.ranges()
+
+    def log(self) -> list[str]:
+        """Notes on what the guest did wrong; repetitions are only counted."""
+        return self._native.log()
+
+    def __repr__(self) -> str:
+        with contextlib.suppress(AttributeError):
+            return (
+                f"<Machine {self.name!r}: {self.cpus} CPU{'s' if self.cpus > 1 else ''}, "
+                f"{self.memory_size >> 20} MiB, {self.engine}, {self.state}>"
+            )
+        return "<Machine>"
+
+
+def device_error(cause: BaseException, detail: str) -> DeviceError:
+    """The `DeviceError` for an exception that came out of a device; `detail` says where."""
+    where: dict[str, Any] = getattr(cause, "__polyvisor_access__", {})
+    return DeviceError(f"{detail}: {type(cause).__name__}: {cause}", **where)

@@ -1,0 +1,57 @@
+// The 82093AA I/O APIC, version 0x20 (with the EOI register): 24 inputs, each with a redirection
+// entry that says which message its activation becomes.
+//
+// Attach 4 KiB at 0xfec00000. Registers: 0x00 index, 0x10 window, 0x40 EOI.
+#pragma once
+
+#include <array>
+#include <mutex>
+
+#include "bus/device.hpp"
+#include "irqchip/apic_bus.hpp"
+
+namespace polyvisor::irqchip {
+
+class Ioapic final : public Device {
+  public:
+    static constexpr unsigned kPins = 24;
+    static constexpr u32 kVersion = 0x20;
+
+    /// Redirection entry bits (82093AA 3.2.4).
+    static constexpr u64 kDelivStatus = bit(12), kActiveLow = bit(13), kRemoteIrr = bit(14),
+                         kLevel = bit(15), kMask = bit(16), kLogical = bit(11);
+
+    struct State {
+        u64 redirection[kPins];
+        u32 lines;    ///< asserted inputs (after polarity: 1 is active)
+        u32 pending;  ///< edges not yet delivered because the pin was masked
+        u8 index;
+        u8 id;  ///< 4 bits
+    };
+
+    explicit Ioapic(ApicBus& bus);
+
+    std::string_view name() const override { return "ioapic"; }
+    void read(u64 offset, std::span<u8> data) override;
+    void write(u64 offset, std::span<const u8> data) override;
+    void reset() override;
+    std::vector<u8> save() const override;
+    void restore(std::span<const u8> state) override;
+
+    /// The input's wire is active (whatever its polarity bit says: sources here know no polarity).
+    void set_irq(unsigned pin, bool active);
+    /// A local APIC ended `vector`: clears remote IRR, delivers again what is still asserted.
+    void eoi(u8 vector);
+    State state() const;
+
+  private:
+    u32 read_register(u8 index) const;
+    void write_register(u8 index, u32 value);
+    void service(unsigned pin);
+
+    ApicBus& bus_;
+    mutable std::mutex mutex_;  // after Pic's, before Lapic's
+    State state_{};
+};
+
+}  // namespace polyvisor::irqchip

@@ -1,0 +1,81 @@
+// Two 8259A interrupt controllers, the second cascaded into input 2 of the first, with the
+// edge/level registers (ELCR) that PCI added.
+//
+// Offsets (attach with Bus::attach(.., base)):  0,1 = master (port 0x20)   2,3 = slave (port 0xa0)
+//                                               4,5 = ELCR (port 0x4d0)
+#pragma once
+
+#include <functional>
+#include <mutex>
+
+#include "bus/device.hpp"
+
+namespace polyvisor::irqchip {
+
+/// What a local APIC asks when an ExtINT is acknowledged: the 8259's INTA cycle.
+class ExtIntSource {
+  public:
+    virtual ~ExtIntSource() = default;
+    /// The vector, now in service (the spurious vector when the request went away).
+    virtual int acknowledge() = 0;
+};
+
+class Pic final : public Device, public ExtIntSource {
+  public:
+    /// One 8259A as a snapshot keeps it.
+    struct Chip {
+        u8 irr = 0;          ///< requests latched or level-high
+        u8 imr = 0;          ///< masked inputs
+        u8 isr = 0;          ///< in service
+        u8 lines = 0;        ///< present level of the inputs
+        u8 elcr = 0;         ///< level-triggered inputs
+        u8 vector_base = 0;  ///< ICW2
+        u8 lowest = 7;       ///< input of lowest priority (rotation)
+        u8 init_step = 0;    ///< 0: initialised; 1..3: next ICW is ICW2..ICW4
+        bool icw4_needed = false;
+        bool single = false;      ///< ICW1.SNGL
+        bool level_mode = false;  ///< ICW1.LTIM: every input is level-triggered
+        bool auto_eoi = false;    ///< ICW4.AEOI
+        bool rotate_on_auto_eoi = false;
+        bool fully_nested = false;  ///< ICW4.SFNM
+        bool special_mask = false;  ///< OCW3 SMM
+        bool poll = false;          ///< OCW3 P: the next read is an acknowledge
+        bool read_isr = false;      ///< OCW3 RIS
+    };
+    struct State {
+        Chip chips[2];  ///< master, slave
+    };
+
+    /// `output` gets the INTR level, with the Pic's mutex held (it may call Lapic::set_lint).
+    explicit Pic(std::function<void(bool)> output = {});
+
+    std::string_view name() const override { return "pic"; }
+    void read(u64 offset, std::span<u8> data) override;
+    void write(u64 offset, std::span<const u8> data) override;
+    void reset() override;
+    std::vector<u8> save() const override;
+    void restore(std::span<const u8> state) override;
+
+    /// Input `irq` (0..15; 2 is the cascade and ignored).
+    void set_irq(unsigned irq, bool level);
+    int acknowledge() override;
+    bool output() const;
+    State state() const;
+
+  private:
+    u8 read_chip(unsigned which, unsigned port);
+    void write_chip(unsigned which, unsigned port, u8 value);
+    static int pending(const Chip& chip, bool slave_wiring);
+    static int service(Chip& chip, int input);
+    void set_input(Chip& chip, unsigned input, bool level);
+    int inta();
+    void update();
+    void reset_chip(Chip& chip);
+
+    mutable std::mutex mutex_;  // after IrqRouter's, before Ioapic's and Lapic's
+    std::function<void(bool)> output_callback_;
+    State state_;
+    bool output_ = false;
+};
+
+}  // namespace polyvisor::irqchip

@@ -30,7 +30,9 @@ test-fast: build-all ## the tests that take seconds: no booted kernels, nothing 
 bench: setup ## run the benchmarks, save them in .benchmarks/, compare with the last saved run
 	@scripts/system-packages bench
 	@scripts/build pv_python
-	@$(VENV)/python scripts/bench.py $(PYTEST_ARGS)
+	@$(PYTEST) benchmarks --benchmark-only --benchmark-storage=file://.benchmarks --benchmark-autosave \
+	  $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare) --benchmark-sort=fullname \
+	  --benchmark-columns=min,mean,stddev,rounds -o timeout=1800 $(PYTEST_ARGS)
 
 lint: setup ## ruff, mypy --strict, clang-format: checks only
 	@scripts/build pv_python

@@ -1,0 +1,29 @@
+"""Claim: importing polyvisor takes at most 100 ms."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+LIMIT = 0.100
+TIMED = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
+
+
+def import_seconds(module: str) -> float:
+    """How long one import takes in a new interpreter, whose own start is not counted."""
+    done = subprocess.run(
+        [sys.executable, "-c", TIMED.format(module)], check=True, capture_output=True, text=True
+    )
+    return float(done.stdout)
+
+
+@pytest.mark.parametrize("module", ["polyvisor", "asyncio"])  # a peer from the standard library
+def bench_import(benchmark: BenchmarkFixture, module: str) -> None:
+    best = min(import_seconds(module) for _ in range(5))
+    benchmark.extra_info["import_seconds"] = best
+    benchmark.pedantic(import_seconds, args=(module,), rounds=10, warmup_rounds=1)
+    if module == "polyvisor":
+        assert best <= LIMIT, f"importing polyvisor takes {best * 1000:.0f} ms"

@@ -1,0 +1,16 @@
+"""Benchmarks run alone, one after another: other tests' load would be measured with them."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None):
+        raise pytest.UsageError(
+            "benchmarks measure nothing under xdist; run them with 'make bench'"
+        )
+    # It says this when there is nothing to compare with yet, which is no fault of the code.
+    config.addinivalue_line(
+        "filterwarnings", "default::pytest_benchmark.logger.PytestBenchmarkWarning"
+    )

@@ -63,7 +63,7 @@ asan ubsan tsan: setup ## the native tests under a sanitizer
 	@ctest --preset $@ --timeout 600
 
 clean: ## remove what was built (not .venv, not downloads)
-	@rm -rf build dist python/polyvisor/*.so python/polyvisor/guest/init
+	@rm -rf build dist python/polyvisor/*.so python/polyvisor/guest/init-*
 
 distclean: clean ## remove everything that is not in git's tree
 	@rm -rf .venv .cache .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,6 +16,8 @@ namespace polyvisor::soft {
 
 class SoftVcpu;
 struct Block;
+struct Uop;
+struct JumpCache;
 
 enum Rflags : u64 {
     kFlagC = 1, kFlagP = 4, kFlagA = 16, kFlagZ = 64, kFlagS = 128, kFlagT = 256, kFlagI = 512,
@@ -34,6 +36,8 @@ enum class Pending : u8 {
     kNone,
     kException,  ///< deliver `vector`; RIP stays at the instruction (faults) or after it (traps)
     kExit,       ///< leave run(): `exit` says why, RIP is where to go on
+    kRestart,    ///< a repeated instruction that is not finished: run it again at the same RIP, after
+                 ///< a look at interrupts (and, with TF set, after the trap of this iteration)
 };
 
 struct Fault {
@@ -56,7 +60,6 @@ enum Request : u32 {
     kRequestStop = 32,
     kRequestInvalidate = 64, ///< code pages written by somebody else are queued
     kRequestTimer = 128,     ///< deterministic mode: a timer's deadline changed
-    kRequestRecheck = 256,   ///< IF, TPR or a shadow changed: look at pending interrupts again
 };
 
 /// One 256-entry direct-mapped translation cache for one access context. For the page at entry
@@ -72,7 +75,8 @@ struct Tlb {
 
 /// Which Tlb an access uses. Explicit accesses at CPL 0-2 with SMAP on and AC clear see kSupervisor
 /// (user pages never match); with AC set, or SMAP off, kSupervisorAc.
-enum TlbContext : u8 { kTlbUser, kTlbSupervisor, kTlbSupervisorAc, kTlbCount };
+/// kTlbNone is never filled: with alignment checks on, every access takes the slow path.
+enum TlbContext : u8 { kTlbUser, kTlbSupervisor, kTlbSupervisorAc, kTlbNone, kTlbCount };
 
 /// Bits of VcpuFrame::mode: what decoding and the choice of handlers depend on. A block is only
 /// entered in the mode it was made for.
@@ -120,13 +124,19 @@ struct alignas(64) VcpuFrame {
     Tlb* tlb_now = nullptr;///< &tlb[context of explicit data accesses now]
     const Block* block = nullptr;  ///< being executed
     u64 host_rsp = 0;      ///< for translated code
-    u64 ea = 0;            ///< effective address between uops, where it is not in a register
+    const Uop* uop = nullptr;      ///< inside a generic operation: its uop (for the exact RIP)
+    JumpCache* jump_cache = nullptr;
+    u64 epoch = 1;         ///< blocks stamped with it are known to be mapped where they were made
+    bool block_dead = false;       ///< the block being executed was overwritten: leave it after this insn
+    bool link_slot_valid = false;  ///< the block was left by edge `link_slot`, which is not linked yet
+    u8 link_slot = 0;
 
     // Segments and control state.
     Segment seg[6];
     Segment ldtr, tr;
     DescriptorTable gdtr, idtr;
     u64 cr0 = 0, cr2 = 0, cr3 = 0, cr4 = 0, xcr0 = 1;
+    u64 pdpte[4]{};              ///< PAE: loaded by MOV CR3 and by changes of CR0/CR4
     u64 dr[4]{}, dr6 = 0xffff0ff0, dr7 = 0x400;
     u32 pkru = 0;
     MsrState msr;
@@ -139,6 +149,7 @@ struct alignas(64) VcpuFrame {
     u64 retired = 0;             ///< instructions retired, without the current block's
 
     Fault fault;
+    u64 debug_hits = 0;          ///< DR6 bits of data breakpoints met by the present instruction
     SoftVcpu* vcpu = nullptr;
 
     // SIMD. MXCSR is in the host's own register while the interpreter runs, with all exceptions

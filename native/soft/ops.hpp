@@ -48,6 +48,13 @@ constexpr OpBinding bind() {
 /// A trap-like exception (INT3, INTO, single step): f.rip is what gets pushed.
 [[gnu::cold]] bool raise_trap(VcpuFrame& f, u8 vector);
 
+/// For repeated instructions: the registers say how far it came; it goes on at the same RIP after
+/// pending interrupts have been looked at.
+inline bool restart(VcpuFrame& f) {
+    f.fault.pending = Pending::kRestart;
+    return false;
+}
+
 // --- Memory -------------------------------------------------------------------------------------
 
 /// How a linear access is made.
@@ -59,7 +66,14 @@ enum class Privilege : u8 {
 
 /// Linear address of [ea, ea+size) in segment `seg` after all segment checks; false: raised #GP/#SS.
 /// In 64-bit mode checks nothing but adds FS/GS bases (canonicality is checked by the access itself).
-bool linear_address(VcpuFrame& f, u8 seg, u64 ea, u32 size, bool write, u64& linear);
+bool segmented_address(VcpuFrame& f, u8 seg, u64 ea, u32 size, bool write, u64& linear);
+inline bool linear_address(VcpuFrame& f, u8 seg, u64 ea, u32 size, bool write, u64& linear) {
+    if (PV_LIKELY(f.long64())) {
+        linear = seg < kFs ? ea : ea + f.seg[seg].base;
+        return true;
+    }
+    return segmented_address(f, seg, ea, size, write, linear);
+}
 
 /// Any size up to 4096 bytes, any alignment, any page crossing, MMIO. False: raised. A store that
 /// crosses pages checks both before it changes the first. `seg` is for choosing #SS over #GP on

@@ -1,8 +1,13 @@
 // Address ranges to devices: one Bus for the 64 K ports, one for guest-physical memory.
 //
-// Ranges are disjoint. attach() and detach() may be called while vCPUs run (PCI BARs move): lookups
-// read an immutable table that is replaced as a whole. An access nobody claims reads all ones and is
-// counted. An access that starts in a range and runs over its end is unclaimed too.
+// Ranges are disjoint. attach() and detach() may be called while vCPUs run (PCI BARs move). An
+// access nobody claims reads all ones and is counted. An access that starts in a range and runs
+// over its end is unclaimed too.
+//
+// A lookup takes no lock and writes no shared memory: it searches a sorted array under a sequence
+// count and tries again if attach() or detach() changed it meanwhile. So a device may still be
+// called for a moment after detach(); the bus therefore keeps every device it ever held until it is
+// destroyed. Moving a BAR to and fro, which a guest may do forever, allocates nothing.
 #pragma once
 
 #include <atomic>
@@ -18,7 +23,10 @@ namespace polyvisor {
 
 class Bus {
   public:
-    explicit Bus(std::string name, u64 limit) : name_(std::move(name)), limit_(limit) {}
+    /// Addresses are 0..limit-1.
+    explicit Bus(std::string name, u64 limit);
+    Bus(const Bus&) = delete;
+    Bus& operator=(const Bus&) = delete;
 
     /// Claims [start, start+size) for `device`, which sees offsets from `start` plus `base`.
     /// Throws MemoryRangeError on overlap, wrap-around or beyond the bus's limit.
@@ -44,15 +52,36 @@ class Bus {
     const std::string& name() const { return name_; }
 
   private:
-    struct Table {
-        std::vector<Range> ranges;  // sorted by start
+    // One claimed range as lookups read it. Every field is atomic, for a reader may look while it
+    // changes; the sequence count tells it that what it saw is of no use.
+    struct Slot {
+        std::atomic<u64> start{0};
+        std::atomic<u64> size{0};
+        std::atomic<u64> base{0};
+        std::atomic<Device*> device{nullptr};
     };
-    const Range* lookup(const Table& table, u64 address, u64 size) const;
+    struct Slots {
+        explicit Slots(u32 capacity) : capacity(capacity), slots(new Slot[capacity]) {}
+        const u32 capacity;
+        std::atomic<u32> count{0};
+        std::unique_ptr<Slot[]> slots;  // sorted by start
+    };
+    struct Target {
+        Device* device;  // nullptr: unclaimed
+        u64 offset;
+    };
+    Target lookup(u64 address, u64 size) const;
+    void publish();
 
     std::string name_;
     u64 limit_;
-    std::mutex mutex_;  // serialises attach/detach
-    std::atomic<std::shared_ptr<const Table>> table_{std::make_shared<const Table>()};
+    mutable std::mutex mutex_;                    // serialises attach/detach; a leaf
+    std::vector<Range> ranges_;                   // sorted by start
+    std::vector<std::shared_ptr<Device>> kept_;   // every device ever attached, once
+    std::vector<std::unique_ptr<Slots>> arrays_;  // the last is in use, each twice the one before
+    std::atomic<u64> sequence_{0};                // odd while the slots change
+    std::atomic<const Slots*> current_{nullptr};
+    mutable std::atomic<u32> hint_{0};  // slot of the last hit; only a guess
     std::atomic<u64> unclaimed_{0};
 };
 

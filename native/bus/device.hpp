@@ -1,19 +1,20 @@
 // What a device is, and the few things it may touch. To add a device: derive from Device, take what
 // you need (IrqLine, backend, GuestMemory, Clock) in the constructor, answer read() and write() by
-// offset. The device knows no address, no interrupt number and no engine; the machine decides those.
+// offset. The device knows no address, no interrupt number and no engine; the machine decides
+// those.
 //
 //     class Scratch final : public Device {
 //       public:
-//         void read(u64 offset, std::span<u8> data) override { data[0] = offset == 0 ? value_ : 0xff; }
-//         void write(u64 offset, std::span<const u8> data) override { if (offset == 0) value_ = data[0]; }
-//         void reset() override { value_ = 0; }
+//         void read(u64 offset, std::span<u8> data) override { data[0] = offset == 0 ? value_ :
+//         0xff; } void write(u64 offset, std::span<const u8> data) override { if (offset == 0)
+//         value_ = data[0]; } void reset() override { value_ = 0; }
 //       private:
 //         u8 value_ = 0;
 //     };
 //
-// read() and write() may be called by any vCPU thread, several at once: a device with state locks its
-// own mutex. data.size() is the access width: 1, 2 or 4 for ports, 1 to 64 for memory. Neither may
-// throw for anything a guest can cause.
+// read() and write() may be called by any vCPU thread, several at once: a device with state locks
+// its own mutex. data.size() is the access width: 1, 2 or 4 for ports, 1 to 64 for memory. Neither
+// may throw for anything a guest can cause.
 #pragma once
 
 #include <span>

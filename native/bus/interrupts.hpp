@@ -1,5 +1,5 @@
-// The two faces between a CPU and its local APIC, so that neither folder knows the other: an engine's
-// vCPU implements CpuSignals, a local APIC implements LocalInterrupts.
+// The two faces between a CPU and its local APIC, so that neither folder knows the other: an
+// engine's vCPU implements CpuSignals, a local APIC implements LocalInterrupts.
 #pragma once
 
 #include <span>

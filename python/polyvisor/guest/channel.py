@@ -1,0 +1,175 @@
+"""The host's side of the frames that a guest's init sends and takes (guest/channel.h describes them).
+
+Pure: bytes in, events out; nothing here waits or knows a machine.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from polyvisor.errors import GuestError
+
+HEADER = 3
+MAX_PAYLOAD = 0xFFFF
+#: Stdin goes out in frames of at most this size, so that signals do not wait behind a long one.
+STDIN_FRAME = 1024
+_READY = b"R\x08\x00PVX1"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Init listens."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """Bytes that the command wrote."""
+
+    stream: Literal["stdout", "stderr"]
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The command ended: its exit `status`, or the `signal` that killed it."""
+
+    status: int
+    signal: int = 0
+
+
+@dataclass(frozen=True)
+class NotRun:
+    """The command could not be started. `stage`: "start", "directory" or "exec"; `errno` is Linux's."""
+
+    stage: Literal["start", "directory", "exec"]
+    errno: int
+
+
+Event = Ready | Output | Ended | NotRun
+
+_STAGES: tuple[Literal["start", "directory", "exec"], ...] = ("start", "directory", "exec")
+
+
+def frame(kind: bytes, payload: bytes = b"") -> bytes:
+    """One frame; `payload` of at most MAX_PAYLOAD bytes."""
+    return kind + struct.pack("<H", len(payload)) + payload
+
+
+class Channel:
+    """One command's stdin, stdout, stderr and end, over `send`, which must not block."""
+
+    def __init__(self, send: Callable[[bytes], None]) -> None:
+        self._send = send
+        self._received = bytearray()
+        self._ready = False
+        self._stdin = bytearray()
+        self._stdin_ended = False
+        self._end_sent = False
+        self._credit = 0
+        self._early: list[bytes] = []  # signals and sizes from before init listened
+
+    @property
+    def ready(self) -> bool:
+        """Whether init has said that it listens."""
+        return self._ready
+
+    @property
+    def unsent(self) -> int:
+        """Bytes of stdin that wait for the guest to take what it has. A reader of a long stdin
+        should pause while this is large."""
+        return len(self._stdin)
+
+    def receive(self, data: bytes) -> list[Event]:
+        """Takes bytes from the guest's port; returns what they mean, in order.
+
+        Raises `GuestError` (reason "channel") on bytes that init never sends: something else in the
+        guest wrote to the port.
+        """
+        self._received += data
+        if not self._ready:
+            # A kernel may write to the port while it looks what kind it is.
+            start = self._received.find(_READY)
+            if start < 0:
+                del self._received[: -len(_READY)]
+                return []
+            del self._received[:start]
+        events: list[Event] = []
+        at = 0
+        while len(self._received) - at >= HEADER:
+            kind, size = self._received[at], int.from_bytes(self._received[at + 1 : at + 3], "little")
+            if len(self._received) - at < HEADER + size:
+                break
+            payload = bytes(self._received[at + HEADER : at + HEADER + size])
+            at += HEADER + size
+            event = self._event(kind, payload)
+            if event is not None:
+                events.append(event)
+        del self._received[:at]
+        return events
+
+    def write(self, data: bytes) -> None:
+        """Queues stdin; it goes out as the guest gives credit."""
+        self._stdin += data
+        self._pump()
+
+    def end_input(self) -> None:
+        """The end of stdin, behind what was queued."""
+        self._stdin_ended = True
+        self._pump()
+
+    def signal(self, number: int) -> None:
+        """Sends the command (its process group) a signal."""
+        self._control(frame(b"s", bytes([number])))
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Tells the command's terminal its size."""
+        size = struct.pack("<HH", min(rows, 0xFFFF), min(columns, 0xFFFF))
+        self._control(frame(b"w", size))
+
+    def _event(self, kind: int, payload: bytes) -> Event | None:
+        match chr(kind), len(payload):
+            case "R", 8:
+                self._ready = True
+                self._credit = int.from_bytes(payload[4:], "little")
+                for early in self._early:
+                    self._send(early)
+                self._early.clear()
+                self._pump()
+                return Ready()
+            case "c", 4:
+                self._credit += int.from_bytes(payload, "little")
+                self._pump()
+                return None
+            case "o", _:
+                return Output("stdout", payload)
+            case "r", _:
+                return Output("stderr", payload)
+            case "x", 2:
+                killed, status = payload
+                return Ended(0, status) if killed else Ended(status)
+            case "f", 5 if payload[0] < len(_STAGES):
+                return NotRun(_STAGES[payload[0]], int.from_bytes(payload[1:], "little"))
+        raise GuestError(
+            "the guest wrote something else than init's messages to its second serial port, which "
+            "carries the command's output; do not use /dev/ttyS1 in the guest",
+            reason="channel",
+        )
+
+    def _control(self, data: bytes) -> None:
+        if self._ready:
+            self._send(data)
+        else:
+            self._early.append(data)
+
+    def _pump(self) -> None:
+        while self._stdin and self._credit:
+            part = bytes(self._stdin[: min(self._credit, STDIN_FRAME)])
+            del self._stdin[: len(part)]
+            self._credit -= len(part)
+            self._send(frame(b"i", part))
+        if self._stdin_ended and not self._stdin and self._ready and not self._end_sent:
+            self._end_sent = True
+            self._send(frame(b"e"))

@@ -1,0 +1,224 @@
+"""The initramfs of `polyvisor exec`: busybox, polyvisor's init, and the command to run.
+
+Two cpio archives, one behind the other: the user space, which is the same for every command and kept
+in the cache, and the command, a few hundred bytes made for each run. Neither is compressed: unpacking
+would cost the guest more than reading the bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from polyvisor.errors import ConfigError, ImageError
+from polyvisor.images import cache
+from polyvisor.images.cpio import Archive
+
+Architecture = Literal["amd64", "i386"]
+
+#: What the command finds in its environment unless told otherwise.
+DEFAULT_ENVIRONMENT = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/root",
+    "USER": "root",
+    "LOGNAME": "root",
+    "SHELL": "/bin/sh",
+    "TERM": "dumb",
+}
+#: guest/command.h has the same limits.
+MAX_ARGUMENTS = 4096
+MAX_VARIABLES = 1024
+MAX_COMMAND = (2 << 20) - 1
+
+_BUSYBOX_ADVICE = (
+    "which is the guest's user space; install it with `apt-get install busybox-static`, "
+    "or set POLYVISOR_BUSYBOX to a static one"
+)
+_LAYOUT = 1  # goes into the cache's key: raise it when base_archive() changes
+_DIRECTORIES = ("bin", "sbin", "usr/bin", "usr/sbin", "etc", "proc", "sys", "dev", "run", "mnt")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What init runs in the guest, as root."""
+
+    arguments: Sequence[str]
+    #: Added to DEFAULT_ENVIRONMENT; a value of None takes a variable out.
+    environment: Mapping[str, str | None] = field(default_factory=dict)
+    directory: str = "/root"
+    hostname: str = "polyvisor"
+    #: Run it on a pseudo-terminal, stdout and stderr together, instead of on pipes.
+    terminal: bool = False
+
+
+def build(
+    command: Command | None,
+    *,
+    architecture: Architecture = "amd64",
+    files: Mapping[str, bytes] | None = None,
+    busybox: Path | None = None,
+    init: Path | None = None,
+) -> bytes:
+    """The whole initramfs. `files` are added as they are (path to content, mode 0755).
+
+    Without a command, init starts a shell on the first serial port. Raises `ImageError` when busybox
+    or init is missing, `ConfigError` for a command that no program can be given.
+    """
+    archive = Archive()
+    if command is not None:
+        archive.file(".polyvisor/command", encode(command), 0o600)
+    for path, data in (files or {}).items():
+        archive.file(path, data, 0o755)
+    base = base_archive(busybox or find_busybox(architecture), init or find_init(architecture))
+    return base + archive.finish()
+
+
+def encode(command: Command) -> bytes:
+    """The command as init reads it (guest/command.h)."""
+    arguments = list(command.arguments)
+    if not arguments:
+        raise ConfigError("there is no command to run; give a program's name", field="argv")
+    environment: dict[str, str | None] = {**DEFAULT_ENVIRONMENT, **command.environment}
+    variables = {name: value for name, value in environment.items() if value is not None}
+    for name in variables:
+        if not name or "=" in name:
+            raise ConfigError(f"{name!r} is no name for an environment variable", field="env")
+    if len(arguments) > MAX_ARGUMENTS or len(variables) > MAX_VARIABLES:
+        raise ConfigError(
+            f"a command can have {MAX_ARGUMENTS} arguments and {MAX_VARIABLES} environment "
+            f"variables, not {len(arguments)} and {len(variables)}",
+            field="argv",
+        )
+    records = ["d" + command.directory, "h" + command.hostname]
+    records += ["t"] if command.terminal else []
+    records += ["e" + name + "=" + value for name, value in variables.items()]
+    records += ["a" + argument for argument in arguments]
+    for record in records:
+        if "\0" in record:
+            raise ConfigError(
+                f"{record[1:]!r} has a NUL character, which no argument can have", field="argv"
+            )
+    data = b"".join(os.fsencode(record) + b"\0" for record in records)
+    if len(data) > MAX_COMMAND:
+        raise ConfigError(
+            f"the command and its environment have {len(data)} bytes; at most {MAX_COMMAND} can be "
+            f"passed, send more by stdin",
+            field="argv",
+        )
+    return data
+
+
+def base_archive(busybox: Path, init: Path) -> bytes:
+    """Busybox with a link for each of its applets, init, and the directories of a Linux system."""
+    key = hashlib.sha256(f"layout {_LAYOUT}".encode())
+    binaries = {"bin/busybox": _read(busybox), "init": _read(init)}
+    for data in binaries.values():
+        key.update(hashlib.sha256(data).digest())
+
+    def make(directory: Path) -> None:
+        if not _is_static(busybox):
+            raise ImageError(
+                f"{busybox} needs shared libraries that the guest does not have, {_BUSYBOX_ADVICE}",
+                path=str(busybox),
+                reason="dynamic",
+            )
+        archive = Archive()
+        for name in _DIRECTORIES:
+            archive.directory(name)
+        archive.directory("root", 0o700)
+        archive.directory("tmp", 0o1777)
+        archive.device("dev/console", 5, 1)
+        archive.file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
+        archive.file("etc/group", b"root:x:0:\ntty:x:5:\n")
+        archive.file("etc/hosts", b"127.0.0.1 localhost polyvisor\n")
+        for name, data in binaries.items():
+            archive.file(name, data, 0o755)
+        for applet in _applets(busybox):
+            if applet not in binaries:
+                archive.symlink(applet, "/bin/busybox")
+        (directory / "base.cpio").write_bytes(archive.finish())
+
+    place = cache.entry(f"initramfs/{key.hexdigest()[:32]}", make)
+    return (place / "base.cpio").read_bytes()
+
+
+def find_init(architecture: Architecture) -> Path:
+    """The init that was built with polyvisor, for a kernel of the given architecture."""
+    name = {"amd64": "init-x86_64", "i386": "init-i386"}[architecture]
+    path = Path(__file__).parent.parent / "guest" / name
+    if not path.is_file():
+        raise ImageError(
+            f"polyvisor's own {name} is missing from {path.parent}; build it with `make build`",
+            path=str(path),
+            reason="missing",
+        )
+    return path
+
+
+def find_busybox(architecture: Architecture) -> Path:
+    """A static busybox: POLYVISOR_BUSYBOX, this host's, or (other architectures) the archive's."""
+    given = os.environ.get("POLYVISOR_BUSYBOX")
+    if given and architecture == "amd64":
+        return Path(given)
+    if architecture != "amd64":
+        from polyvisor.images import packages
+
+        return packages.fetch("busybox-static", architecture, _keep_busybox) / "busybox"
+    found = shutil.which("busybox", path="/bin:/usr/bin:" + os.environ.get("PATH", ""))
+    if found is None:
+        raise ImageError(f"there is no busybox here, {_BUSYBOX_ADVICE}", reason="missing")
+    return Path(found)
+
+
+def _keep_busybox(unpacked: Path, directory: Path) -> None:
+    for name in ("bin/busybox", "usr/bin/busybox"):
+        if (unpacked / name).is_file():
+            shutil.copyfile(unpacked / name, directory / "busybox")
+            return
+    raise ImageError("the package busybox-static has no busybox", reason="corrupt")
+
+
+def _is_static(path: Path) -> bool:
+    """No PT_INTERP: nothing else is needed to run it."""
+    from elftools.common.exceptions import ELFError
+    from elftools.elf.elffile import ELFFile
+
+    try:
+        with path.open("rb") as file:
+            segments = ELFFile(file).iter_segments()
+            return all(segment["p_type"] != "PT_INTERP" for segment in segments)
+    except (OSError, ELFError):
+        return False
+
+
+def _applets(busybox: Path) -> list[str]:
+    """Where busybox wants its links, as "usr/bin/env"; asked of the program itself."""
+    for program in (busybox, Path("/bin/busybox"), Path("/usr/bin/busybox")):
+        # The second and third: a host that cannot run the guest's (i386) programs asks its own.
+        try:
+            listing = subprocess.run(
+                [program, "--list-full"], capture_output=True, text=True, timeout=20, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            continue
+        return sorted(set(listing.stdout.split()) - {"init", "linuxrc", "sbin/init"})
+    raise ImageError(
+        f"{busybox} does not say which applets it has; is it a busybox for this machine?",
+        path=str(busybox),
+        reason="corrupt",
+    )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(
+            f"cannot read {path}: {error.strerror}", path=str(path), reason="unreadable"
+        ) from error

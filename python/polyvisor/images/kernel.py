@@ -1,0 +1,104 @@
+"""Kernels by name, from the distribution's own packages, cached.
+
+    path = kernel.fetch("cloud").image     # Debian's cloud kernel: a bzImage
+
+On Ubuntu, which has no such packages, its own kernels of the same kind take their place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from polyvisor.errors import ConfigError, ImageError
+from polyvisor.images import cache, packages
+from polyvisor.images.initramfs import Architecture
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a named kernel comes from: the first of `packages` that the host's sources have."""
+
+    architecture: Architecture
+    packages: tuple[str, ...]
+    description: str
+
+
+NAMES = {
+    "cloud": Source(
+        "amd64",
+        ("linux-image-cloud-amd64", "linux-image-virtual", "linux-image-kvm"),
+        "the distribution's kernel for virtual machines",
+    ),
+    "generic": Source(
+        "amd64",
+        ("linux-image-amd64", "linux-image-generic"),
+        "the distribution's kernel for any PC",
+    ),
+    "686": Source("i386", ("linux-image-686",), "Debian's kernel for 32-bit PCs"),
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel in the cache."""
+
+    name: str
+    image: Path
+    architecture: Architecture
+    package: str
+    version: str
+
+
+def fetch(
+    name: str = "cloud", *, refresh: bool = False, progress: packages.Progress | None = None
+) -> Kernel:
+    """The kernel called `name` (see NAMES), downloaded on first use.
+
+    `refresh` fetches the present version though another is in the cache. `progress` is told what is
+    being done when it takes longer than a moment. Raises `ImageError` when the host has no such
+    package or cannot download it, `HostError` when the cache cannot be written.
+    """
+    if name not in NAMES:
+        raise ConfigError(
+            f"there is no kernel called {name!r}; choose one of {', '.join(NAMES)}, or give a file",
+            field="kernel",
+        )
+    source = NAMES[name]
+    report = progress or (lambda text: None)
+
+    def make(directory: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix="polyvisor-apt-") as scratch:
+            apt = packages.Apt(source.architecture, Path(scratch), report)
+            found = apt.find(source.packages)
+            deb = apt.download(found.real)
+            report(f"unpacking {found.real}")
+            unpacked = Path(scratch) / "unpacked"
+            packages.unpack(deb, unpacked, r"(usr/)?(boot/|lib/modules/[^/]+/)(vmlinuz|config)")
+            _keep(unpacked, directory, found)
+
+    place = cache.entry(f"kernels/{name}", make, refresh=refresh)
+    info = json.loads((place / "info.json").read_text())
+    return Kernel(name, place / "vmlinuz", source.architecture, info["package"], info["version"])
+
+
+def cached(name: str = "cloud") -> bool:
+    """Whether `fetch` would need no network."""
+    return (cache.root() / "kernels" / name / "info.json").is_file()
+
+
+def _keep(unpacked: Path, directory: Path, found: packages.Found) -> None:
+    images = [path for path in unpacked.rglob("vmlinuz*") if path.is_file()]
+    if not images:
+        raise ImageError(f"the package {found.real} has no vmlinuz", reason="corrupt")
+    image = images[0]
+    shutil.copyfile(image, directory / "vmlinuz")
+    os.chmod(directory / "vmlinuz", 0o644)
+    release = re.sub(r"^vmlinuz-?", "", image.name)
+    info = {"package": found.real, "version": found.version, "release": release}
+    (directory / "info.json").write_text(json.dumps(info, indent=1))

@@ -91,6 +91,7 @@ enum Attr : u32 {
     kReadOnlyDst = 1 << 23, ///< first operand is only read (CMP, TEST, BT, PUSH, ...)
     kWriteOnlyDst = 1 << 24,///< first operand is only written (MOV, SETcc, POP, ...)
     kNative = 1 << 25,      ///< user-mode form that can run on the host as is: the native oracle tests it
+    kNoRep = 1 << 26,       ///< F2 and F3 are #UD though 66 keeps its meaning (NFx in the manuals)
 };
 
 struct OpExt {
@@ -125,6 +126,12 @@ inline constexpr unsigned kOpCount = static_cast<unsigned>(Op::kCount);
 
 /// The row of an instruction.
 const OpInfo& op_info(Op op);
+
+/// Status flags that this very instruction reads (or may leave as they were) and writes: as in its
+/// row, but exact where the row must allow for a count of zero that an immediate or a missing REP
+/// prefix rules out. A flag that is written and not read is dead before the instruction.
+u8 flags_read(const Insn& insn);
+u8 flags_written(const Insn& insn);
 
 /// Bytes of a memory operand of this code; 0 when it depends on nothing but the instruction itself.
 unsigned operand_size(Operand operand, const Insn& insn);

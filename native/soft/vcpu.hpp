@@ -1,0 +1,91 @@
+// One soft vCPU: frame, environment, translation state, blocks, and the loop that ties them together.
+#pragma once
+
+#include <condition_variable>
+#include <mutex>
+
+#include "cpu/engine.hpp"
+#include "mmu/walker.hpp"
+#include "soft/block_cache.hpp"
+#include "soft/environment.hpp"
+
+namespace polyvisor::soft {
+
+class SoftVcpu final : public Vcpu {
+  public:
+    SoftVcpu(const EngineConfig& config, CodePages& pages, u32 id, LocalInterrupts* lapic);
+    ~SoftVcpu() override;
+
+    Exit run() override;
+    void request_stop() override;
+    void set_instruction_budget(u64 instructions) override { remaining_ = instructions; }
+    CpuState save() const override;
+    void restore(const CpuState& state) override;
+    u32 id() const override { return env.id; }
+    bool translate(u64 gva, u64& gpa) const override;
+    std::vector<Counter> counters() const override;
+
+    void interrupt() override { request(kRequestInterrupt); }
+    void nmi() override { request(kRequestNmi); }
+    void smi() override { request(kRequestSmi); }
+    void init() override { request(kRequestInit); }
+    void sipi(u8 vector) override;
+
+    /// Instructions retired before the one being executed.
+    u64 instructions_now() const;
+
+    // What the files of this folder share; not for anybody else.
+    VcpuFrame& frame;
+    Environment env;
+    TableReader tables;
+    PagingState paging;
+    BlockCache blocks;
+
+    /// The block at the frame's RIP in `mode`, made if need be; nullptr with a fault pending.
+    Block* find_block(u32 mode);
+    /// GPA of the code at `linear`; false: fault pending.
+    bool fetch_address(u64 linear, u64& gpa);
+    void clear_fetch_tlb();
+
+    struct Statistics {
+        u64 tlb_fills = 0, tlb_flushes = 0, dispatches = 0, faults = 0, interrupts = 0, mmio = 0,
+            slow_accesses = 0, revalidations = 0, code_stores = 0;
+    } stats;
+
+  private:
+    struct FrameMemory;  // the frame's own pages
+    struct FetchEntry {
+        u64 page = ~u64{0};
+        u64 gpa = 0;
+        u64 epoch = 0;
+        u8 cpl = 0;
+    };
+
+    void request(u32 bits);
+    bool take_requests(Exit& exit);
+    bool deliver_pending(Exit& exit);
+    void dispatch();
+    bool before_step();
+    void after_step(bool trap);
+    bool wait_while_halted(Exit& exit);
+    void advance_clock();
+    s64 slice_length();
+    Block* make_block(u64 gpa, u64 linear, u32 mode);
+    bool revalidate(Block& block);
+
+    std::unique_ptr<u8[]> frame_memory_;
+    JumpCache jump_cache_;
+    FetchEntry fetch_tlb_[128];
+    u64 remaining_ = ~u64{0};  ///< of the caller's instruction budget
+    s64 slice_ = 0;            ///< frame.budget at the slice's start
+    u64 ns_per_1000_;
+    bool interrupt_waiting_ = false;  ///< pending() was true, but IF or a shadow held it back
+    bool halt_reported_ = false;
+    std::atomic<u8> sipi_vector_{0};
+    std::mutex halt_mutex_;  // a leaf
+    std::condition_variable halt_wake_;
+
+    friend u64 read_tsc(VcpuFrame& f);
+};
+
+}  // namespace polyvisor::soft

@@ -22,7 +22,7 @@ demo: setup ## boot Debian's cloud kernel, run a command in it (COMMAND='uname -
 	@$(VENV)/python scripts/demo.py $(if $(COMMAND),-- $(COMMAND))
 
 test: build-all ## the whole test suite (PYTEST_ARGS='-k name -x' for a part of it)
-	@timeout --foreground -k 30 3600 $(PYTEST) -n $(WORKERS) --benchmark-disable $(PYTEST_ARGS)
+	@timeout --foreground -k 30 1800 $(PYTEST) -n $(WORKERS) --benchmark-disable $(PYTEST_ARGS)
 
 test-fast: build-all ## the tests that take seconds: no booted kernels, nothing marked slow
 	@timeout --foreground -k 30 600 $(PYTEST) -n $(WORKERS) --benchmark-disable -m "not slow and not boot" $(PYTEST_ARGS)
@@ -35,7 +35,6 @@ bench: setup ## run the benchmarks, save them in .benchmarks/, compare with the 
 	  --benchmark-columns=min,mean,stddev,rounds -o timeout=1800 $(PYTEST_ARGS)
 
 lint: setup ## ruff, mypy --strict, clang-format: checks only
-	@scripts/build pv_python
 	@scripts/style check
 
 format: setup ## rewrite all sources in the project's format

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# A loaded machine is slow, which is no failure; and CI must fail for what was changed, not by chance.
+# A loaded machine is slow, which is no failure; CI must fail for what was changed, not by chance.
 settings.register_profile("polyvisor", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("polyvisor")
 

@@ -158,7 +158,8 @@ CHECKS: list[Check] = [
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_tree(check: Check, root: Path) -> None:
-    assert check(root) == []
+    found = check(root)
+    assert not found, "\n".join(found)
 
 
 def test_the_tree_is_read(root: Path) -> None:

@@ -133,6 +133,9 @@ const OpInfo& op_info(Op op);
 u8 flags_read(const Insn& insn);
 u8 flags_written(const Insn& insn);
 
+/// Whether this operand code is, or may be, the memory operand given by ModRM or moffs.
+bool is_memory_operand(Operand operand);
+
 /// Bytes of a memory operand of this code; 0 when it depends on nothing but the instruction itself.
 unsigned operand_size(Operand operand, const Insn& insn);
 

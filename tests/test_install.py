@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
@@ -63,8 +64,10 @@ def test_the_wheel_is_whole(root: Path, tmp_path: Path) -> None:
 
     target = tmp_path / "site"
     run(*pip, "install", "--no-deps", "--no-index", "--target", target, wheel)
-    program = f"import sys; sys.path.insert(0, {str(target)!r}); import polyvisor"
-    where = run(sys.executable, "-I", "-c", f"{program}; print(polyvisor.__file__)", cwd=tmp_path)
+    # -S: without the .pth files that lead to this tree.
+    paths = [str(target), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    program = f"import sys; sys.path[:0] = {paths}; import polyvisor; print(polyvisor.__file__)"
+    where = run(sys.executable, "-I", "-S", "-c", program, cwd=tmp_path)
     assert where.startswith(str(target))
 
 
@@ -73,6 +76,7 @@ def test_versions_agree(root: Path) -> None:
 
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     assert project["dynamic"] == ["version"]
-    assert f"project(polyvisor VERSION {version('polyvisor')} " in (
-        root / "CMakeLists.txt"
-    ).read_text(), "the installed version is another; run 'make setup' after 'rm -r .venv'"
+    assert (
+        f"project(polyvisor VERSION {version('polyvisor')} "
+        in (root / "CMakeLists.txt").read_text()
+    ), "the installed version is another; run 'make setup' after 'rm -r .venv'"

@@ -25,11 +25,25 @@ struct CpuidPolicy {
     u64 tsc_khz = 1'000'000;
     u32 cpus = 1;
     u8 physical_bits = 40;
+    bool intel = false;  ///< the vendor is Intel: what differs between vendors follows it
 
     /// What CPUID gives for leaf/subleaf on vCPU `apic_id`; topology and XSAVE sizes that depend on
     /// the running CPU (XCR0, OSXSAVE) are the engine's to patch. Unknown leaves give zeros.
     CpuidLeaf find(u32 leaf, u32 subleaf, u32 apic_id) const;
 };
+
+/// What the host's CPU and kernel let user-mode code use.
+FeatureSet host_features();
+
+/// The name of a feature as Linux spells it in /proc/cpuinfo ("sse4_2"); "" for those without one.
+std::string_view feature_name(Feature feature);
+
+/// IA32_ARCH_CAPABILITIES of a vCPU with kNotVulnerable (Intel vendor): RDCL_NO, IBRS_ALL, SSB_NO,
+/// MDS_NO, PSCHANGE_MC_NO, TAA_NO, SBDR_SSDP_NO, FBSDP_NO, PSDP_NO, BHI_NO, PBRSB_NO, GDS_NO,
+/// RFDS_NO, ITS_NO.
+inline constexpr u64 kArchCapabilities = bit(0) | bit(1) | bit(4) | bit(5) | bit(6) | bit(8) |
+                                         bit(13) | bit(14) | bit(15) | bit(20) | bit(24) |
+                                         bit(26) | bit(27) | bit(62);
 
 /// model: "host" (all the engine has), "baseline", "x86-64-v2", "x86-64-v3". `implemented` is what the
 /// engine offers; the result is never more than that and the host (except bits that need no host).

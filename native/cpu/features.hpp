@@ -15,7 +15,10 @@ enum class Feature : u8 {
     kPrefetchw, kLahf64, kSerialize, kErms, kFsrm, k3dnowPrefetch, kHypercall,
     // Features without instructions of their own.
     kPae, kPse, kPse36, kPge, kPat, kMtrr, kNx, kPage1Gb, kSmep, kSmap, kUmip, kPcid, kLa57, kPku,
-    kX2apic, kTscDeadline, kTscAdjust, kArat, kDe, kVme, kApic, kMce, kMca, kCount
+    kX2apic, kTscDeadline, kTscAdjust, kArat, kDe, kVme, kApic, kMce, kMca,
+    kNotVulnerable,  ///< guest code never speculates: CPUID and MSRs deny every such vulnerability
+    kKvmClock,       ///< the engine serves the KVM clock MSRs itself: the hypervisor leaves offer them
+    kCount
 };
 static_assert(static_cast<unsigned>(Feature::kCount) <= 128);
 

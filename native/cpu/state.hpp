@@ -59,6 +59,8 @@ struct MsrState {
     std::array<u64, 16> mtrr_variable{};  ///< base, mask pairs
     u64 xss = 0;
     u64 spec_ctrl = 0;
+    u64 kvm_wall_clock = 0;   ///< MSR 4b564d00: address last written
+    u64 kvm_system_time = 0;  ///< MSR 4b564d01: address of this CPU's time page, bit 0: enabled
     bool operator==(const MsrState&) const = default;
 };
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """make fresh: proves `make demo` and `make test` in a new minimal Debian, nothing preinstalled.
 
-A Debian 12 root (mmdebstrap, minbase and `make`; its tarball is kept in .cache/fresh for two weeks)
+A Debian root (mmdebstrap, minbase and `make`; its tarball is kept in .cache/fresh for two weeks)
 gets the files that git tracks, as they are in the work tree, and a chroot in its own mount and PID
 namespaces runs the targets there. When the last process of the namespaces is gone so are the
 mounts, however this program ended; the root is removed at the end.
@@ -9,7 +9,7 @@ mounts, however this program ended; the root is removed at the end.
 The network is reached as from the host: the host's pip configuration, Debian mirror, proxies and
 certificates are carried in, with the local indexes they refer to (bound read-only). The compiler
 cache is shared when the host has one: an object is reused only for identical sources, headers and
-compiler. FRESH_CCACHE=0 compiles everything.
+compiler. FRESH_CCACHE=0 compiles everything, FRESH_SUITE takes another release of Debian (trixie).
 
 fresh.py [COMMAND...] runs other shell commands there: fresh.py 'make test' 'make bench'.
 """
@@ -32,7 +32,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-SUITE = "bookworm"
+SUITE = os.environ.get("FRESH_SUITE", "bookworm")
 MIRROR = "http://deb.debian.org/debian"
 SECURITY_MIRROR = "http://deb.debian.org/debian-security"
 TARBALL_DAYS = 14

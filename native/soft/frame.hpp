@@ -122,7 +122,7 @@ struct alignas(64) VcpuFrame {
     u32 reserved = 0;
     u64 rflags_rest = 2;   ///< RFLAGS without OSZAPC
     Tlb* tlb_now = nullptr;///< &tlb[context of explicit data accesses now]
-    const Block* block = nullptr;  ///< being executed
+    Block* block = nullptr;        ///< being executed
     u64 host_rsp = 0;      ///< for translated code
     const Uop* uop = nullptr;      ///< inside a generic operation: its uop (for the exact RIP)
     JumpCache* jump_cache = nullptr;
@@ -146,7 +146,9 @@ struct alignas(64) VcpuFrame {
     bool nmi_pending = false;
     u64 a20_mask = ~u64{0};      ///< and'ed to physical addresses
     u64 physical_mask = 0;       ///< bits below MAXPHYADDR
-    u64 retired = 0;             ///< instructions retired, without the current block's
+    u64 retired = 0;             ///< instructions retired before the current slice
+    u64 time_base = 0;           ///< deterministic mode: virtual time was this ...
+    u64 count_base = 0;          ///< ... when `retired` was this
 
     Fault fault;
     u64 debug_hits = 0;          ///< DR6 bits of data breakpoints met by the present instruction

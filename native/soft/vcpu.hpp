@@ -35,7 +35,7 @@ class SoftVcpu final : public Vcpu {
     u64 instructions_now() const;
 
     // What the files of this folder share; not for anybody else.
-    VcpuFrame& frame;
+    VcpuFrame frame;
     Environment env;
     TableReader tables;
     PagingState paging;
@@ -53,7 +53,6 @@ class SoftVcpu final : public Vcpu {
     } stats;
 
   private:
-    struct FrameMemory;  // the frame's own pages
     struct FetchEntry {
         u64 page = ~u64{0};
         u64 gpa = 0;
@@ -73,7 +72,6 @@ class SoftVcpu final : public Vcpu {
     Block* make_block(u64 gpa, u64 linear, u32 mode);
     bool revalidate(Block& block);
 
-    std::unique_ptr<u8[]> frame_memory_;
     JumpCache jump_cache_;
     FetchEntry fetch_tlb_[128];
     u64 remaining_ = ~u64{0};  ///< of the caller's instruction budget

@@ -7,6 +7,7 @@ COMMAND     ?=
 
 VENV   := .venv/bin
 PYTEST := $(VENV)/python -m pytest
+SUITE  := $(PYTEST) -n $(WORKERS) --dist worksteal --benchmark-disable --durations 10 --durations-min 5
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -14,18 +15,18 @@ PYTEST := $(VENV)/python -m pytest
 
 help: ## this list
 	@echo "polyvisor: make TARGET"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null || \
-	 sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1: \2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null || \
+	 sed -n 's/^\([a-z -]*\):.*## \(.*\)/  \1: \2/p' $(MAKEFILE_LIST)
 
 demo: setup ## boot Debian's cloud kernel, run a command in it (COMMAND='uname -a'), say what happened
 	@scripts/build pv_python
 	@$(VENV)/python scripts/demo.py $(if $(COMMAND),-- $(COMMAND))
 
 test: build-all ## the whole test suite (PYTEST_ARGS='-k name -x' for a part of it)
-	@timeout --foreground -k 30 1800 $(PYTEST) -n $(WORKERS) --benchmark-disable $(PYTEST_ARGS)
+	@timeout --foreground -k 30 1800 $(SUITE) $(PYTEST_ARGS)
 
 test-fast: build-all ## the tests that take seconds: no booted kernels, nothing marked slow
-	@timeout --foreground -k 30 600 $(PYTEST) -n $(WORKERS) --benchmark-disable -m "not slow and not boot" $(PYTEST_ARGS)
+	@timeout --foreground -k 30 600 $(SUITE) -m "not slow and not boot" $(PYTEST_ARGS)
 
 bench: setup ## run the benchmarks, save them in .benchmarks/, compare with the last saved run
 	@scripts/system-packages bench

@@ -33,12 +33,15 @@ class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     engine: EngineName = "auto"
     #: "host" (all that engine and host have), "baseline", "x86-64-v2" or "x86-64-v3".
     cpu_model: str = "host"
-    #: Time is a function of the instructions executed; two runs are identical. One CPU, `soft` only.
+    #: Time is a function of the instructions executed; two runs are identical. One CPU, `soft`
+    #: only.
     deterministic: bool = False
     #: The guest's time-stamp counter, in kHz.
     tsc_khz: int = 1_000_000
     #: Deterministic mode: virtual nanoseconds that a thousand instructions take.
     ns_per_1000_instructions: int = 1000
+    #: Serial ports (COM1 to COM4); `Machine.console` is the first.
+    serial_ports: int = 2
     #: What the RTC says at start, in seconds since 1970 (UTC). None: the host's time, and in
     #: deterministic mode the start of 2026.
     wall_clock: float | None = None
@@ -77,6 +80,7 @@ class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
                 field="memory",
             )
         self._check_int("cpus", 1, MAX_CPUS)
+        self._check_int("serial_ports", 1, 4)
         self._check_int("tsc_khz", 1_000, 100_000_000)
         self._check_int("ns_per_1000_instructions", 1, 1_000_000_000)
         if self.engine not in get_args(EngineName):
@@ -99,13 +103,9 @@ class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     def _check_int(self, field: str, low: int, high: int) -> None:
         value = getattr(self, field)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(
-                f"{field} must be a whole number, not {value!r}", field=field
-            )
+            raise ConfigError(f"{field} must be a whole number, not {value!r}", field=field)
         if not low <= value <= high:
-            raise ConfigError(
-                f"{field} is {value}, but must be from {low} to {high}", field=field
-            )
+            raise ConfigError(f"{field} is {value}, but must be from {low} to {high}", field=field)
 
 
 def parse_size(value: int | str, field: str = "memory") -> int:

@@ -1,6 +1,7 @@
 """One virtual CPU: its registers, and the modes a loader starts it in.
 
-Everything here needs the machine not to be running: before `start()`, while paused, or after its end.
+Everything here needs the machine not to be running: before `start()`, while paused, or after its
+end.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ DATA16 = 0x0093
 TSS64 = 0x008B
 UNUSABLE = 1 << 16
 
-#: Selectors of the flat descriptors that `enter_long_mode` and `enter_protected_mode` install: those
-#: that Linux's boot protocols ask for (__BOOT_CS, __BOOT_DS).
+#: Selectors of the flat descriptors that `enter_long_mode` and `enter_protected_mode` install:
+#: those that Linux's boot protocols ask for (__BOOT_CS, __BOOT_DS).
 BOOT_CS = 0x10
 BOOT_DS = 0x18
 BOOT_TSS = 0x20
@@ -79,7 +80,7 @@ class Registers(MutableMapping[str, int]):
 
     def update(self, *args: object, **values: int) -> None:
         """Like `dict.update`, in one step (see `apply`)."""
-        merged: dict[str, int] = dict(*args, **values)  # type: ignore[call-overload]
+        merged: dict[str, int] = dict(*args, **values)
         self.apply(merged)
 
     def as_dict(self) -> dict[str, int]:

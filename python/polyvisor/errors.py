@@ -1,8 +1,9 @@
 """Every exception that polyvisor raises on purpose.
 
-The text is one sentence that says what went wrong, where, and what to do. What a program may want to
-know is in the fields, so that nobody has to parse the sentence. The classes up to `StateMismatch`
-have a C++ twin of the same name in ``native/base/error.hpp``; ``src/errors.cpp`` translates.
+The text is one sentence that says what went wrong, where, and what to do. What a program may want
+to know is in the fields, so that nobody has to parse the sentence. The classes up to
+`StateMismatch` have a C++ twin of the same name in ``native/base/error.hpp``; ``src/errors.cpp``
+translates.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class StateMismatch(Error, RuntimeError):
 
 
 class ImageError(Error):
-    """A kernel, initrd or other guest file that is missing, corrupt or too big: `path`, `reason`."""
+    """A kernel, initrd or other guest file that cannot be used: its `path`, and a `reason` key."""
 
     def __init__(self, message: str, *, path: str = "", reason: str = "") -> None:
         super().__init__(message)
@@ -115,7 +116,7 @@ class ConsoleClosed(Error, EOFError):
 
 
 class GuestError(Error):
-    """The guest did not do what was asked of it (panicked, reset, ...); `tail` is its console's end."""
+    """The guest did not do what was asked of it (it panicked, ...); `tail` is its console's end."""
 
     def __init__(self, message: str, *, reason: str = "", tail: str = "") -> None:
         super().__init__(message)

@@ -16,7 +16,7 @@ from polyvisor.config import EngineName, MachineConfig
 from polyvisor.console import Console
 from polyvisor.cpu import Cpu
 from polyvisor.devices import install_standard
-from polyvisor.errors import ConfigError, DeviceError, MachineTimeout
+from polyvisor.errors import ConfigError, DeviceError, MachineTimeout, StateMismatch
 from polyvisor.memory import Memory
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ class Machine:
         deterministic: bool | None = None,
         tsc_khz: int | None = None,
         ns_per_1000_instructions: int | None = None,
+        serial_ports: int | None = None,
         wall_clock: float | None = None,
         name: str | None = None,
         standard_devices: bool = True,
@@ -105,6 +106,7 @@ class Machine:
             "deterministic": deterministic,
             "tsc_khz": tsc_khz,
             "ns_per_1000_instructions": ns_per_1000_instructions,
+            "serial_ports": serial_ports,
             "wall_clock": wall_clock,
             "name": name,
         }
@@ -119,13 +121,14 @@ class Machine:
             deterministic=config.deterministic,
             tsc_khz=config.tsc_khz,
             ns_per_1000_instructions=config.ns_per_1000_instructions,
+            serial_ports=config.serial_ports,
             name=config.name,
         )
         # A machine that nobody closed must not keep its threads past the interpreter's end.
         self._finalizer = weakref.finalize(self, self._native.close)
-        self.memory = Memory(self._native.memory)
-        self.console = Console(self._native)
-        self._cpus = [Cpu(self._native, self.memory, i) for i in range(config.cpus)]
+        self._memory: Memory | None = Memory(self._native.memory)
+        self._serial = [Console(self._native.serial(i)) for i in range(config.serial_ports)]
+        self._cpus = [Cpu(self._native, self._memory, i) for i in range(config.cpus)]
         #: The standard devices that are written in Python, by name ("rtc", "i8042").
         self.devices: dict[str, object] = {}
         if standard_devices:
@@ -137,6 +140,11 @@ class Machine:
     def name(self) -> str:
         """The name given in the configuration."""
         return self.config.name
+
+    @property
+    def native(self) -> _native.Machine:
+        """The bound C++ object."""
+        return self._native
 
     @property
     def engine(self) -> str:
@@ -166,10 +174,33 @@ class Machine:
     @property
     def tsc_khz(self) -> int:
         """The frequency of the guest's time-stamp counter, in kHz."""
-        return self._native.tsc_khz
+        return self.config.tsc_khz
+
+    @property
+    def memory(self) -> Memory:
+        """The guest's physical memory."""
+        if self._memory is None:
+            raise StateMismatch(f"machine {self.name!r} is closed")
+        return self._memory
+
+    @property
+    def console(self) -> Console:
+        """The first serial port. What it said can be read after the machine was closed too."""
+        return self._serial[0]
+
+    def serial(self, index: int) -> Console:
+        """Serial port `index`, from 0; `MachineConfig.serial_ports` says how many there are."""
+        if not 0 <= index < len(self._serial):
+            raise ConfigError(
+                f"there is no serial port {index}; machine {self.name!r} has {len(self._serial)}",
+                field="index",
+            )
+        return self._serial[index]
 
     def cpu(self, index: int = 0) -> Cpu:
         """Virtual CPU `index`, from 0."""
+        if self._memory is None:
+            raise StateMismatch(f"machine {self.name!r} is closed")
         if not 0 <= index < len(self._cpus):
             raise ConfigError(
                 f"there is no CPU {index}; machine {self.name!r} has {self.cpus}", field="index"
@@ -194,7 +225,7 @@ class Machine:
     def load(
         self,
         kernel: str | os.PathLike[str],
-        initrd: str | os.PathLike[str] | None = None,
+        initrd: str | os.PathLike[str] | bytes | None = None,
         cmdline: str = "",
     ) -> None:
         """Puts a kernel (bzImage, or ELF with a PVH or 64-bit entry) into memory and CPU 0 at its
@@ -289,19 +320,23 @@ class Machine:
 
         Called from a device or timer of the machine itself, it only asks for the end.
         """
-        self._native.request_stop("stopped")
         self._native.stop()
-        info = self._exit_info(self._native.wait(0))
+        info = self._exit_info(self._native.stop_info)
         return info if info is not None else ExitInfo(reason="stopped")
 
     def end(self, reason: Reason, status: int = 0, detail: str = "") -> None:
         """Asks for the end in the guest's name: how a device switches the machine off. Returns at
         once; safe from devices and timers."""
-        self._native.request_stop(reason, status, detail)
+        self._native.request_end(reason, status, detail)
 
     def close(self) -> None:
-        """Stops it and releases threads and devices. Memory views taken before stay valid."""
-        self._finalizer()
+        """Stops it and releases threads, devices and memory. Views of the memory taken before stay
+        valid, and console, log and counters can still be read."""
+        self._native.close()
+        self._finalizer.detach()
+        self._memory = None
+        self._cpus = []
+        self.devices = {}
 
     def __enter__(self) -> Machine:
         return self
@@ -317,7 +352,7 @@ class Machine:
     def _exit_info(self, info: _native.StopInfo | None) -> ExitInfo | None:
         if info is None:
             return None
-        cause = self._native.take_device_exception()
+        cause = self._native.exception
         if cause is not None:
             raise device_error(cause, info.detail) from cause
         return ExitInfo(
@@ -328,6 +363,10 @@ class Machine:
         )
 
     # --- looking at it ---------------------------------------------------------------------------
+
+    def power_button(self) -> None:
+        """Presses the power button: an ACPI event, which a guest may answer by switching off."""
+        self._native.power_button()
 
     def stats(self) -> dict[str, int]:
         """Counters by name: exits, unclaimed accesses, and the engine's own per CPU."""

@@ -78,7 +78,7 @@ class Memory:
         self._native.read_into(gpa, buffer)
 
     def write(self, gpa: int, data: Buffer) -> None:
-        """Stores bytes at `gpa`; raises `MemoryRangeError`, storing none, when not all are backed."""
+        """Stores bytes at `gpa`, all or none; raises `MemoryRangeError` when not all are backed."""
         self._native.write(gpa, data)
 
     def read_int(self, gpa: int, size: int = 8) -> int:

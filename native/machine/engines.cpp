@@ -1,0 +1,91 @@
+#include "machine/engines.hpp"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "base/error.hpp"
+#if __has_include("soft/engine.hpp")
+#include "soft/engine.hpp"
+#include "soft/system.hpp"
+#define PV_HAVE_SOFT 1
+#endif
+
+namespace polyvisor {
+
+namespace {
+
+EngineStatus probe_soft() {
+#ifdef PV_HAVE_SOFT
+    return {"soft", "", "an x86-64 CPU in user space; runs anywhere"};
+#else
+    return {"soft", "missing", "this build of polyvisor is without the soft engine"};
+#endif
+}
+
+EngineStatus probe_kvm() {
+    if (::access("/dev/kvm", F_OK) != 0) {
+        return {"kvm", "missing",
+                "there is no /dev/kvm here: the host has no hardware virtualization, or does not "
+                "pass it on to this virtual machine or container"};
+    }
+    if (::access("/dev/kvm", R_OK | W_OK) != 0) {
+        return {"kvm", "permission",
+                std::string("/dev/kvm cannot be opened: ") + std::strerror(errno) +
+                    "; add this user to the group kvm"};
+    }
+    return {"kvm", "version",
+            "/dev/kvm is here, but this version of polyvisor cannot use it yet; take engine soft"};
+}
+
+struct Row {
+    const char* name;
+    EngineStatus (*probe)();
+    FeatureSet (*features)();
+    std::unique_ptr<Engine> (*create)(const EngineConfig&);
+};
+
+const Row kEngines[] = {
+    {"kvm", probe_kvm, nullptr, nullptr},
+#ifdef PV_HAVE_SOFT
+    {"soft", probe_soft, [] { return soft::implemented_features(); },
+     [](const EngineConfig& config) { return soft::create_engine(config); }},
+#else
+    {"soft", probe_soft, nullptr, nullptr},
+#endif
+};
+
+const Row& choose(const std::string& name) {
+    std::string known = "auto";
+    EngineStatus why;
+    for (const Row& row : kEngines) {
+        known += std::string(", ") + row.name;
+        if (name != row.name && name != "auto") continue;
+        EngineStatus status = row.probe();
+        if (status.reason.empty()) return row;
+        why = status;
+    }
+    if (why.name.empty()) {
+        throw ConfigError("engine", "there is no engine '" + name + "'; choose one of " + known);
+    }
+    throw EngineUnavailable(why.name, why.reason,
+                            "engine " + why.name + " cannot run here: " + why.message);
+}
+
+}  // namespace
+
+std::vector<EngineStatus> engines() {
+    std::vector<EngineStatus> result;
+    for (const Row& row : kEngines) result.push_back(row.probe());
+    return result;
+}
+
+FeatureSet engine_features(const std::string& name) { return choose(name).features(); }
+
+std::unique_ptr<Engine> create_engine(const std::string& name, const EngineConfig& config) {
+    return choose(name).create(config);
+}
+
+}  // namespace polyvisor

@@ -1,0 +1,266 @@
+#include "machine/machine.hpp"
+
+#include "base/error.hpp"
+#include "cpu/cpuid.hpp"
+#include "machine/engines.hpp"
+
+namespace polyvisor {
+
+namespace {
+
+// The machine whose vCPU or event-loop thread this is.
+thread_local const Machine* own_machine = nullptr;
+
+const char* to_string(RunControl::Phase phase) {
+    switch (phase) {
+        case RunControl::Phase::kCreated: return "not started";
+        case RunControl::Phase::kRunning: return "running";
+        case RunControl::Phase::kPaused: return "paused";
+        case RunControl::Phase::kEnded: return "at its end";
+    }
+    return "?";
+}
+
+}  // namespace
+
+Machine::Machine(MachineConfig config)
+    : config_(std::move(config)),
+      log_(config_.log),
+      memory_(std::make_shared<GuestMemory>()),
+      clock_(config_.deterministic ? Clock::Mode::kDeterministic : Clock::Mode::kFreeRunning),
+      loop_(clock_),
+      control_(config_.cpus, [this] { kick(); }) {
+    if (config_.cpus == 0) throw ConfigError("cpus", "a machine needs at least one CPU");
+    if (config_.deterministic && config_.cpus != 1) {
+        throw ConfigError("cpus", "deterministic mode runs one CPU, not " +
+                                      std::to_string(config_.cpus));
+    }
+    clock_.set_tsc_khz(config_.tsc_khz);
+    clock_.pause();  // until start()
+
+    CpuidPolicy cpuid;
+    if (config_.make_engine) {
+        cpuid.cpus = config_.cpus;
+        cpuid.tsc_khz = config_.tsc_khz;
+    } else {
+        cpuid = make_cpuid_policy(config_.cpu_model, engine_features(config_.engine), config_.cpus,
+                                  config_.tsc_khz);
+    }
+    add_pc_memory(*memory_, config_.memory);
+    PcConfig pc;
+    pc.cpus = config_.cpus;
+    pc.serial_ports = config_.serial_ports;
+    pc.physical_bits = cpuid.physical_bits;
+    if (!config_.make_engine) {
+        pc.x2apic = cpuid.features.has(Feature::kX2apic);
+        pc.tsc_deadline = cpuid.features.has(Feature::kTscDeadline);
+    }
+    pc_ = std::make_unique<Pc>(pc, clock_, pio_, mmio_, log_,
+                               [this](StopInfo info) { request_end(std::move(info)); });
+
+    EngineConfig engine{*memory_, pio_, mmio_, clock_, std::move(cpuid)};
+    engine.log = &log_;
+    engine.deterministic = config_.deterministic;
+    engine.ns_per_1000_instructions = config_.ns_per_1000_instructions;
+    engine_ = config_.make_engine ? config_.make_engine(engine)
+                                  : create_engine(config_.engine, engine);
+    if (config_.deterministic && !engine_->caps().deterministic) {
+        throw ConfigError("deterministic", std::string("engine ") + engine_->name() +
+                                               " has no deterministic mode; take engine soft");
+    }
+    for (u32 cpu = 0; cpu < config_.cpus; ++cpu) {
+        vcpus_.push_back(engine_->create_vcpu(cpu, &pc_->lapic(cpu)));
+        pc_->lapic(cpu).connect(*vcpus_.back());
+        vcpus_.back()->restore(reset_state(cpu == 0));
+        threads_.push_back(std::make_unique<VcpuThread>(*vcpus_.back(), control_, log_));
+    }
+}
+
+Machine::~Machine() {
+    request_end({StopReason::kStopped, 0, "the machine was destroyed", 0});
+    control_.wait_ended(kForever);
+    finish();
+    memory_->set_write_observer({});  // views of the memory may outlive the engine
+}
+
+void Machine::kick() {
+    for (auto& vcpu : vcpus_) vcpu->request_stop();
+}
+
+void Machine::start_loop() {
+    if (loop_started_) return;
+    loop_started_ = true;
+    pc_->finish_wiring();
+    loop_.post([this] { own_machine = this; });
+    loop_.start();
+}
+
+// Stores through views of the memory are not seen as they happen; those that may have hit code are
+// told to the engine before it runs on.
+void Machine::note_views() {
+    for (const auto& region : memory_->regions()) memory_->note_write(region->start, region->size);
+}
+
+void Machine::start() {
+    std::lock_guard lock(lifecycle_mutex_);
+    if (control_.phase() != RunControl::Phase::kCreated) wrong_phase("not started before");
+    BlockedSignals blocked;
+    start_loop();
+    note_views();
+    clock_.resume();
+    if (!control_.start()) wrong_phase("not started before");  // ended meanwhile
+    VcpuThread::Hooks hooks = config_.thread_hooks;
+    hooks.started = [this, also = hooks.started] {
+        own_machine = this;
+        if (also) also();
+    };
+    try {
+        for (auto& thread : threads_) thread->start(hooks);
+    } catch (const Error& error) {
+        request_end({StopReason::kEngineFailure, 0, error.what(), 0});
+        throw;
+    }
+}
+
+void Machine::pause() {
+    if (on_own_thread()) {
+        if (!control_.request_pause()) wrong_phase("running");
+        return;
+    }
+    std::lock_guard lock(lifecycle_mutex_);
+    if (!control_.request_pause() && control_.phase() != RunControl::Phase::kPaused) {
+        wrong_phase("running");
+    }
+    if (!control_.wait_quiet(kStopLimit)) {
+        throw StateMismatch("machine '" + config_.name +
+                            "' cannot pause: a device does not return from a guest's access");
+    }
+    clock_.pause();
+    pc_->flush();
+}
+
+void Machine::resume() {
+    std::lock_guard lock(lifecycle_mutex_);
+    if (control_.phase() != RunControl::Phase::kPaused) wrong_phase("paused");
+    if (!control_.wait_quiet(kStopLimit)) wrong_phase("paused");
+    note_views();
+    clock_.resume();
+    if (!control_.resume()) wrong_phase("paused");
+}
+
+void Machine::request_end(StopInfo info) { control_.end(std::move(info)); }
+
+void Machine::stop() {
+    request_end({StopReason::kStopped, 0, "", 0});
+    if (on_own_thread()) return;
+    if (!control_.wait_ended(kStopLimit)) {
+        throw StateMismatch("machine '" + config_.name +
+                            "' cannot stop: a device does not return from a guest's access");
+    }
+    finish();
+}
+
+bool Machine::wait(Duration timeout) {
+    if (on_own_thread()) {
+        throw StateMismatch("a device or timer cannot wait for the end of its own machine");
+    }
+    if (control_.phase() == RunControl::Phase::kCreated) wrong_phase("started");
+    if (!control_.wait_ended(timeout)) return false;
+    finish();
+    return true;
+}
+
+// After the end, with all vCPU threads out of the guest: nothing of the machine runs any more.
+void Machine::finish() {
+    std::lock_guard lock(lifecycle_mutex_);
+    if (finished_) return;
+    finished_ = true;
+    for (auto& thread : threads_) thread->join();
+    clock_.pause();
+    loop_.stop();
+    pc_->flush();
+    for (unsigned port = 0; port < pc_->serial_ports(); ++port) pc_->console(port)->close();
+    pc_->debug_console()->close();
+}
+
+Vcpu& Machine::vcpu(u32 index) {
+    check_index(index);
+    if (!control_.quiet()) wrong_phase("paused");
+    return *vcpus_[index];
+}
+
+void Machine::step(u32 index, u64 instructions) {
+    std::lock_guard lock(lifecycle_mutex_);
+    check_index(index);
+    RunControl::Phase phase = control_.phase();
+    if ((phase != RunControl::Phase::kCreated && phase != RunControl::Phase::kPaused) ||
+        !control_.quiet()) {
+        wrong_phase("paused");
+    }
+    {
+        BlockedSignals blocked;
+        start_loop();
+    }
+    if (!engine_->caps().instruction_budget) {
+        throw StateMismatch(std::string("engine ") + engine_->name() + " cannot count instructions");
+    }
+    note_views();
+    Vcpu& vcpu = *vcpus_[index];
+    clock_.resume();
+    u64 last = vcpu.save().instructions + instructions;
+    for (u64 now = last - instructions; now < last; now = vcpu.save().instructions) {
+        vcpu.set_instruction_budget(last - now);
+        Exit exit = vcpu.run();
+        StopInfo stop;
+        Next next = handle_exit(exit, index, log_, stop);
+        if (next == Next::kEnd) control_.end(std::move(stop));
+        if (next == Next::kHalted || control_.phase() == RunControl::Phase::kEnded) break;
+    }
+    vcpu.set_instruction_budget(~u64{0});
+    clock_.pause();
+}
+
+void Machine::nmi(u32 index) {
+    check_index(index);
+    vcpus_[index]->nmi();
+}
+
+bool Machine::on_own_thread() const { return own_machine == this; }
+
+void Machine::check_index(u32 index) const {
+    if (index >= vcpus_.size()) {
+        throw ConfigError("index", "there is no CPU " + std::to_string(index) + "; machine '" +
+                                       config_.name + "' has " + std::to_string(vcpus_.size()));
+    }
+}
+
+void Machine::wrong_phase(const char* wanted) const {
+    throw StateMismatch("machine '" + config_.name + "' is " + to_string(control_.phase()) +
+                        ", but must be " + wanted + " for this");
+}
+
+std::vector<Machine::Counter> Machine::counters() {
+    std::vector<Counter> result;
+    result.push_back({"unclaimed port accesses", pio_.unclaimed()});
+    result.push_back({"unclaimed memory accesses", mmio_.unclaimed()});
+    for (const Log::Count& count : log_.counts()) {
+        result.push_back({"log: " + count.topic, count.count});
+    }
+    bool quiet = control_.quiet();
+    for (u32 cpu = 0; cpu < vcpus_.size(); ++cpu) {
+        std::string prefix = "cpu" + std::to_string(cpu) + ": ";
+        for (unsigned n = 0; n < ExitCounters::kReasons; ++n) {
+            auto reason = static_cast<ExitReason>(n);
+            if (u64 count = threads_[cpu]->counters().of(reason); count != 0) {
+                result.push_back({prefix + "exits " + polyvisor::to_string(reason), count});
+            }
+        }
+        if (!quiet) continue;
+        for (const Vcpu::Counter& counter : vcpus_[cpu]->counters()) {
+            result.push_back({prefix + counter.name, counter.value});
+        }
+    }
+    return result;
+}
+
+}  // namespace polyvisor

@@ -1,0 +1,120 @@
+// A whole machine: who owns what, and the orders that start and end it. The work is done elsewhere:
+// the chips are in pc.hpp, the threads in vcpu_thread.hpp, whether they may run in run_control.hpp.
+//
+// Lock order: lifecycle_mutex_ is taken first and never inside a device; everything that a device may
+// call (request_end, now, console) does without it.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "base/log.hpp"
+#include "bus/event_loop.hpp"
+#include "cpu/engine.hpp"
+#include "machine/pc.hpp"
+#include "machine/run_control.hpp"
+#include "machine/vcpu_thread.hpp"
+
+namespace polyvisor {
+
+struct MachineConfig {
+    u64 memory = 512 << 20;  ///< bytes of RAM
+    u32 cpus = 1;
+    std::string engine = "auto";
+    std::string cpu_model = "host";
+    bool deterministic = false;
+    u64 tsc_khz = 1'000'000;
+    u64 ns_per_1000_instructions = 1000;
+    unsigned serial_ports = 2;
+    std::string name = "machine";
+    Log::Sink log;
+    /// Run first and last on every vCPU thread.
+    VcpuThread::Hooks thread_hooks;
+    /// Takes the place of the engine that `engine` names (tests).
+    std::function<std::unique_ptr<Engine>(const EngineConfig&)> make_engine;
+};
+
+class Machine {
+  public:
+    using Duration = RunControl::Duration;
+    static constexpr Duration kForever = RunControl::kForever;
+    /// How long pause() and stop() wait for the vCPUs to leave the guest. Engines need about a
+    /// millisecond; only a device that does not return can take longer.
+    static constexpr Duration kStopLimit = std::chrono::milliseconds(900);
+
+    /// Builds it, not running. Throws ConfigError, EngineUnavailable, HostError.
+    explicit Machine(MachineConfig config);
+    /// Ends it and waits for its threads, however long a device takes to return.
+    ~Machine();
+
+    const MachineConfig& config() const { return config_; }
+    const std::shared_ptr<GuestMemory>& memory() { return memory_; }
+    Bus& pio() { return pio_; }
+    Bus& mmio() { return mmio_; }
+    Clock& clock() { return clock_; }
+    EventLoop& loop() { return loop_; }
+    Log& log() { return log_; }
+    Pc& pc() { return *pc_; }
+    const char* engine_name() const { return engine_->name(); }
+    RunControl::Phase phase() const { return control_.phase(); }
+
+    /// Throws StateMismatch when it was started before, HostError when threads cannot be made.
+    void start();
+    /// Returns when all vCPUs stand still and time with them. On a thread of the machine itself it
+    /// only asks. Throws StateMismatch when not running, or when a device does not return.
+    void pause();
+    void resume();
+    /// Ends it, and returns within a second with all vCPUs stopped; on a thread of the machine
+    /// itself it only asks. Throws StateMismatch when a device does not return in time.
+    void stop();
+    /// Ends it with the given reason unless it has ended before. Returns at once; any thread.
+    void request_end(StopInfo info);
+    /// Waits for the end. True when it came; then stop_info() says how. Throws StateMismatch when
+    /// the machine was never started, or on a thread of the machine itself.
+    bool wait(Duration timeout = kForever);
+    StopInfo stop_info() const { return control_.stop_info(); }
+
+    /// A vCPU to look into. Throws StateMismatch unless it stands still, ConfigError for a bad index.
+    Vcpu& vcpu(u32 index);
+    /// Runs `instructions` of one vCPU on the calling thread (fewer if the machine ends). Throws
+    /// StateMismatch unless created or paused.
+    void step(u32 index, u64 instructions);
+    void nmi(u32 index);
+    /// The calling thread is one of this machine's own.
+    bool on_own_thread() const;
+
+    struct Counter {
+        std::string name;
+        u64 value;
+    };
+    /// Exits and unclaimed accesses; the engine's own too while the vCPUs stand still.
+    std::vector<Counter> counters();
+
+  private:
+    void kick();
+    void start_loop();
+    void note_views();
+    void finish();
+    void check_index(u32 index) const;
+    [[noreturn]] void wrong_phase(const char* wanted) const;
+
+    MachineConfig config_;
+    Log log_;
+    std::shared_ptr<GuestMemory> memory_;
+    Clock clock_;
+    EventLoop loop_;
+    Bus pio_{"pio", 0x10000};
+    Bus mmio_{"mmio", bit(52)};
+    RunControl control_;
+    std::unique_ptr<Pc> pc_;
+    std::unique_ptr<Engine> engine_;
+    std::vector<std::unique_ptr<Vcpu>> vcpus_;
+    std::vector<std::unique_ptr<VcpuThread>> threads_;
+    std::mutex lifecycle_mutex_;
+    bool loop_started_ = false;
+    bool finished_ = false;
+};
+
+}  // namespace polyvisor

@@ -1,0 +1,144 @@
+#include "machine/run_control.hpp"
+
+#include "base/error.hpp"
+
+namespace polyvisor {
+
+namespace {
+
+struct Name {
+    StopReason reason;
+    const char* name;
+};
+
+constexpr Name kNames[] = {
+    {StopReason::kPowerOff, "power_off"},
+    {StopReason::kReset, "reset"},
+    {StopReason::kTripleFault, "triple_fault"},
+    {StopReason::kDebugExit, "debug_exit"},
+    {StopReason::kHalted, "halted"},
+    {StopReason::kStopped, "stopped"},
+    {StopReason::kDeviceError, "device_error"},
+    {StopReason::kEngineFailure, "engine_failure"},
+};
+
+}  // namespace
+
+const char* to_string(StopReason reason) {
+    for (const Name& name : kNames) {
+        if (name.reason == reason) return name.name;
+    }
+    return "unknown";
+}
+
+StopReason stop_reason(const std::string& text) {
+    std::string known;
+    for (const Name& name : kNames) {
+        if (text == name.name) return name.reason;
+        known += (known.empty() ? "" : ", ") + std::string(name.name);
+    }
+    throw ConfigError("reason",
+                      "a machine cannot end with reason '" + text + "'; use one of " + known);
+}
+
+template <class Predicate>
+bool RunControl::wait(Duration timeout, Predicate predicate) const {
+    std::unique_lock lock(mutex_);
+    if (timeout == kForever) {
+        changed_.wait(lock, predicate);
+        return true;
+    }
+    return changed_.wait_for(lock, timeout, predicate);
+}
+
+RunControl::Phase RunControl::phase() const {
+    std::lock_guard lock(mutex_);
+    return phase_;
+}
+
+bool RunControl::move(Phase from, Phase to) {
+    {
+        std::lock_guard lock(mutex_);
+        if (phase_ != from) return false;
+        phase_ = to;
+    }
+    changed_.notify_all();
+    return true;
+}
+
+bool RunControl::request_pause() {
+    if (!move(Phase::kRunning, Phase::kPaused)) return false;
+    kick_();
+    return true;
+}
+
+bool RunControl::end(StopInfo info) {
+    {
+        std::lock_guard lock(mutex_);
+        if (phase_ == Phase::kEnded) return false;
+        phase_ = Phase::kEnded;
+        stop_ = std::move(info);
+    }
+    changed_.notify_all();
+    kick_();
+    return true;
+}
+
+bool RunControl::wait_quiet(Duration timeout) const {
+    return wait(timeout, [this] { return quiet_locked(); });
+}
+
+bool RunControl::wait_ended(Duration timeout) const {
+    return wait(timeout, [this] { return phase_ == Phase::kEnded && alive_ == 0; });
+}
+
+bool RunControl::quiet() const {
+    std::lock_guard lock(mutex_);
+    return quiet_locked();
+}
+
+StopInfo RunControl::stop_info() const {
+    std::lock_guard lock(mutex_);
+    return stop_;
+}
+
+void RunControl::thread_started() {
+    std::lock_guard lock(mutex_);
+    ++alive_;
+    ++inside_;
+}
+
+bool RunControl::enter() {
+    std::unique_lock lock(mutex_);
+    if (phase_ == Phase::kPaused) {
+        --inside_;
+        changed_.notify_all();
+        changed_.wait(lock, [this] { return phase_ != Phase::kPaused; });
+        ++inside_;
+    }
+    return phase_ == Phase::kRunning;
+}
+
+void RunControl::halted(u32 cpu) {
+    std::unique_lock lock(mutex_);
+    if (++halted_ == threads_) {
+        lock.unlock();
+        end({StopReason::kHalted, 0, "every CPU is halted with interrupts off", cpu});
+        return;
+    }
+    // An INIT may still come from another CPU. The engine does not say when, so look again soon.
+    changed_.wait_for(lock, std::chrono::milliseconds(10),
+                      [this] { return phase_ != Phase::kRunning; });
+    --halted_;
+}
+
+void RunControl::leave() {
+    {
+        std::lock_guard lock(mutex_);
+        --alive_;
+        --inside_;
+    }
+    changed_.notify_all();
+}
+
+}  // namespace polyvisor

@@ -1,0 +1,74 @@
+// Whether a machine's vCPU threads may run: the one place where start, pause, resume and the end
+// meet them. It knows threads only as a number and a way to kick them out of the guest.
+//
+//     created --start--> running <--pause/resume--> paused
+//         \_________________\______end______________/--> ended
+//
+// The end is final, the first one counts, and it may be asked for from any thread, also from a device
+// inside a vCPU's own run().
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <functional>
+#include <mutex>
+
+#include "machine/stop_info.hpp"
+
+namespace polyvisor {
+
+class RunControl {
+  public:
+    enum class Phase : u8 { kCreated, kRunning, kPaused, kEnded };
+    using Duration = std::chrono::nanoseconds;
+    static constexpr Duration kForever = Duration::max();
+
+    /// `kick` makes every vCPU leave the guest soon; called without the mutex held.
+    RunControl(unsigned threads, std::function<void()> kick)
+        : threads_(threads), kick_(std::move(kick)) {}
+
+    Phase phase() const;
+    /// Moves on; false, changing nothing, when the present phase is not `from`.
+    bool start() { return move(Phase::kCreated, Phase::kRunning); }
+    bool resume() { return move(Phase::kPaused, Phase::kRunning); }
+    bool request_pause();
+    /// Ends the machine; later calls change nothing. True for the call that did.
+    bool end(StopInfo info);
+
+    /// Waits until no thread is in the guest: all parked (paused) or finished (ended).
+    bool wait_quiet(Duration timeout) const;
+    /// Waits until the machine has ended and all threads are finished.
+    bool wait_ended(Duration timeout) const;
+    /// No thread is in the guest now, nor enters it without start() or resume().
+    bool quiet() const;
+    /// Valid once phase() is kEnded.
+    StopInfo stop_info() const;
+
+    // For the vCPU threads.
+    /// Returns true when the guest may run, false when the machine has ended; blocks while paused.
+    bool enter();
+    /// The thread's CPU is halted for good. Blocks a little, or ends the machine when all are.
+    void halted(u32 cpu);
+    /// The thread leaves; it enters no more.
+    void leave();
+    /// Started threads; those not started count as finished.
+    void thread_started();
+
+  private:
+    bool move(Phase from, Phase to);
+    bool quiet_locked() const { return inside_ == 0 && phase_ != Phase::kRunning; }
+    template <class Predicate>
+    bool wait(Duration timeout, Predicate predicate) const;
+
+    mutable std::mutex mutex_;  // a leaf
+    mutable std::condition_variable changed_;
+    Phase phase_ = Phase::kCreated;
+    unsigned threads_;
+    unsigned alive_ = 0;   // started and not finished
+    unsigned inside_ = 0;  // alive and not parked
+    unsigned halted_ = 0;
+    StopInfo stop_;
+    std::function<void()> kick_;
+};
+
+}  // namespace polyvisor

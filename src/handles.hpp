@@ -1,0 +1,56 @@
+// Python's handles on parts of a machine, which stay safe to touch after it was closed.
+#pragma once
+
+#include "base/error.hpp"
+#include "core.hpp"
+
+namespace polyvisor::python {
+
+/// A source of one interrupt wire.
+class PyIrqLine {
+  public:
+    PyIrqLine(std::shared_ptr<Core> core, unsigned gsi)
+        : core_(core), line_(core->machine().pc().irqs().line(gsi)) {}
+    IrqLine& get() { return *line_; }
+
+  private:
+    std::shared_ptr<Core> core_;  // the wire leads into its chips
+    std::unique_ptr<IrqLine> line_;
+};
+
+/// A machine, until it is closed; what can still be told then is kept here.
+class PyMachine {
+  public:
+    explicit PyMachine(MachineConfig config);
+    ~PyMachine();
+
+    /// Throws StateMismatch once closed.
+    std::shared_ptr<Core> core() const;
+    bool closed() const { return core_ == nullptr; }
+    const std::string& name() const { return name_; }
+    void close();
+
+    const std::shared_ptr<SerialConsole>& serial(unsigned index) const;
+    const std::shared_ptr<SerialConsole>& debug_console() const { return debug_console_; }
+    /// How it ended; nothing while it has not.
+    std::optional<StopInfo> stop_info() const;
+    py::object exception() const { return core_ ? core_->exception() : exception_; }
+    std::vector<std::string> log() const { return core_ ? core_->log() : log_; }
+    py::dict counters() const;
+    u64 now() const { return core_ ? core_->machine().clock().now() : now_; }
+    const std::string& engine() const { return engine_; }
+    const std::vector<std::shared_ptr<SerialConsole>>& consoles() const { return consoles_; }
+
+  private:
+    std::shared_ptr<Core> core_;
+    std::string name_, engine_;
+    std::vector<std::shared_ptr<SerialConsole>> consoles_;
+    std::shared_ptr<SerialConsole> debug_console_;
+    std::optional<StopInfo> stop_;
+    py::object exception_ = py::none();
+    std::vector<std::string> log_;
+    py::dict counters_;
+    u64 now_ = 0;
+};
+
+}  // namespace polyvisor::python

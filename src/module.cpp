@@ -1,0 +1,28 @@
+// polyvisor._native: the table of contents. Each bind_<topic>.cpp converts one topic and nothing else.
+#include "bindings.hpp"
+#include "machine/engines.hpp"
+#include "machine/pc.hpp"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_native, module) {
+    module.doc() = "The C++ core of polyvisor; polyvisor.Machine is the interface meant for people.";
+    module.attr("__version__") = PV_VERSION;
+    module.def("engines", [] {
+        py::list result;
+        for (const auto& engine : polyvisor::engines()) {
+            result.append(py::make_tuple(engine.name, engine.reason, engine.message));
+        }
+        return result;
+    });
+    module.def("pc_layout", [] {
+        py::dict result;
+        for (const auto& [name, value] : polyvisor::PcLayout::values()) result[name.c_str()] = value;
+        return result;
+    });
+    polyvisor::python::bind_errors(module);
+    polyvisor::python::bind_memory(module);
+    polyvisor::python::bind_cpu(module);
+    polyvisor::python::bind_bus(module);
+    polyvisor::python::bind_machine(module);
+}

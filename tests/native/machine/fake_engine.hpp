@@ -1,0 +1,89 @@
+// An engine whose guest is a C++ function: what the machine does with exits, pauses and stops can be
+// tested without a CPU.
+#pragma once
+
+#include <condition_variable>
+#include <functional>
+#include <mutex>
+
+#include "cpu/engine.hpp"
+
+namespace pvtest {
+
+using namespace polyvisor;
+
+class FakeVcpu final : public Vcpu {
+  public:
+    /// One call is one run(); it gets the vCPU to look at stop requests.
+    using Guest = std::function<Exit(FakeVcpu&)>;
+
+    FakeVcpu(u32 id, Guest guest) : id_(id), guest_(std::move(guest)) {}
+
+    Exit run() override {
+        if (take_stop()) return {};
+        ++runs;
+        return guest_(*this);
+    }
+    void request_stop() override {
+        {
+            std::lock_guard lock(mutex_);
+            stop_ = true;
+        }
+        changed_.notify_all();
+    }
+    /// What a guest that is halted or loops for ever does: waits for request_stop().
+    Exit wait_for_stop() {
+        std::unique_lock lock(mutex_);
+        changed_.wait(lock, [this] { return stop_; });
+        stop_ = false;
+        return {};
+    }
+    bool take_stop() {
+        std::lock_guard lock(mutex_);
+        return std::exchange(stop_, false);
+    }
+    void set_instruction_budget(u64 instructions) override { budget = instructions; }
+    CpuState save() const override { return state; }
+    void restore(const CpuState& to) override { state = to; }
+    u32 id() const override { return id_; }
+    bool translate(u64, u64&) const override { return false; }
+    std::vector<Counter> counters() const override { return {{"runs", runs}}; }
+    void interrupt() override {}
+    void nmi() override { ++nmis; }
+    void smi() override {}
+    void init() override {}
+    void sipi(u8) override {}
+
+    CpuState state;
+    u64 budget = ~u64{0};
+    std::atomic<u64> runs{0}, nmis{0};
+
+  private:
+    u32 id_;
+    Guest guest_;
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    bool stop_ = false;
+};
+
+class FakeEngine final : public Engine {
+  public:
+    explicit FakeEngine(FakeVcpu::Guest guest) : guest_(std::move(guest)) {}
+    Caps caps() const override { return {.instruction_budget = true, .deterministic = true}; }
+    const char* name() const override { return "fake"; }
+    std::unique_ptr<Vcpu> create_vcpu(u32 id, LocalInterrupts*) override {
+        return std::make_unique<FakeVcpu>(id, guest_);
+    }
+
+  private:
+    FakeVcpu::Guest guest_;
+};
+
+inline Exit make_exit(ExitReason reason, std::string text = {}) {
+    Exit exit;
+    exit.reason = reason;
+    exit.text = std::move(text);
+    return exit;
+}
+
+}  // namespace pvtest

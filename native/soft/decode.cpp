@@ -48,6 +48,7 @@ enum RowFlags : u16 {
     kRowLoadsSreg = 1 << 8,
     kRowCr = 1 << 9,
     kRowDr = 1 << 10,
+    kRowImmReg = 1 << 11,    ///< the immediate's upper half is a register number
     kRowSpecial = kRowModIgnored | kRowMmxReg | kRowMmxRm | kRowSreg | kRowLoadsSreg | kRowCr | kRowDr,
     kRowSize = kRowNo8 | kRowNo2,
 };
@@ -102,6 +103,7 @@ u16 operand_flags(const OpInfo& info, Operand operand) {
         case Cd: return kRowCr | kRowModIgnored;
         case Dd: return kRowDr | kRowModIgnored;
         case VMx: return kRowVsib;
+        case Lx: case Ldq: return kRowImmReg;
         case Sw: return kRowSreg;
         default: return 0;
     }
@@ -587,6 +589,7 @@ DecodeStatus body(Decoding& d, const FeatureSet& features) {
     if (d.override_ != kNoOverride) i.segment = d.override_;
     if (row->imm != Immediate::kNone) {
         if (!immediate(d, row->imm, i.imm)) return d.cursor.ran_out();
+        if ((row->flags & kRowImmReg) && !d.long64()) i.imm &= 0x7f;  // eight registers
         if (row->imm2 != Immediate::kNone && !immediate(d, row->imm2, i.imm2)) return d.cursor.ran_out();
     }
     return DecodeStatus::kOk;

@@ -51,6 +51,8 @@ struct Insn {
     u64 imm = 0;        ///< first immediate, sign extended where the operand code says so;
                         ///< relative branches: the displacement; far pointers: the offset
     u64 imm2 = 0;       ///< ENTER's level, far pointer's selector, EXTRQ/INSERTQ second; else 0
+
+    bool operator==(const Insn&) const = default;
 };
 
 enum class DecodeStatus : u8 {

@@ -413,6 +413,26 @@ bool pause(VcpuFrame&, const Insn&, u64) {
     return true;
 }
 
+// Guest accesses are host accesses, so that the host's fences order them.
+bool lfence(VcpuFrame&, const Insn&, u64) {
+    asm volatile("lfence" ::: "memory");
+    return true;
+}
+bool mfence(VcpuFrame&, const Insn&, u64) {
+    asm volatile("mfence" ::: "memory");
+    return true;
+}
+bool sfence(VcpuFrame&, const Insn&, u64) {
+    asm volatile("sfence" ::: "memory");
+    return true;
+}
+
+/// MOVNTI: an ordinary store keeps more order than the guest asks for.
+bool movnti(VcpuFrame& f, const Insn& i, u64 ea) {
+    return i.opsize == 8 ? store(f, i, ea, f.gpr[i.reg])
+                         : store(f, i, ea, static_cast<u32>(f.gpr[i.reg]));
+}
+
 /// CLFLUSH, CLFLUSHOPT, CLWB: memory is coherent, so that only the address is checked, as for a read.
 bool flush_line(VcpuFrame& f, const Insn& i, u64 ea) {
     u64 linear;
@@ -510,6 +530,10 @@ const OpBinding kDataOps[] = {
     bind<Op::PREFETCHT1_M, nop>(),
     bind<Op::PREFETCHT2_M, nop>(),
     bind<Op::PAUSE, pause>(),
+    bind<Op::LFENCE, lfence>(),
+    bind<Op::MFENCE, mfence>(),
+    bind<Op::SFENCE, sfence>(),
+    bind<Op::MOVNTI_My_Gy, movnti>(),
     bind<Op::CLFLUSH_Mb, flush_line>(),
     bind<Op::CLFLUSHOPT_Mb, flush_line>(),
     bind<Op::CLWB_Mb, flush_line>(),

@@ -59,6 +59,9 @@ class ApicBus final : public MsiSink {
     /// False when no LAPIC accepted it.
     bool deliver(const ApicMessage& message, u32 broadcast = 0xff);
 
+    /// ICR shorthands "all including self" and "all excluding self".
+    void deliver_to_all(const ApicMessage& message, const Lapic* except);
+
     /// An MSI (SDM 3A 11.11): writes outside 0xfeexxxxx are dropped and counted.
     void send(u64 address, u32 data) override;
     u64 dropped() const { return dropped_.load(std::memory_order_relaxed); }

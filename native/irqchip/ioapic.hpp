@@ -23,10 +23,10 @@ class Ioapic final : public Device {
 
     struct State {
         u64 redirection[kPins];
-        u32 lines;    ///< asserted inputs (after polarity: 1 is active)
-        u32 pending;  ///< edges not yet delivered because the pin was masked
+        u32 lines;  ///< inputs that are active
         u8 index;
         u8 id;  ///< 4 bits
+        u8 reserved[2];
     };
 
     explicit Ioapic(ApicBus& bus);
@@ -48,6 +48,7 @@ class Ioapic final : public Device {
     u32 read_register(u8 index) const;
     void write_register(u8 index, u32 value);
     void service(unsigned pin);
+    void end_of_interrupt(u8 vector);
 
     ApicBus& bus_;
     mutable std::mutex mutex_;  // after Pic's, before Lapic's

@@ -35,14 +35,15 @@ class IrqRouter {
 
   private:
     class Source;
-    void change(unsigned gsi, bool level);
-    void drive(unsigned gsi);
+    void change(unsigned pin, bool active);
+    void drive(unsigned pin);
+    bool pic_level(u8 irq) const;
 
     Pic* pic_;
     Ioapic* ioapic_;
     std::mutex mutex_;                 // after a device's, before Pic's and Ioapic's
-    std::array<u32, kGsis> active_{};  // sources that hold the wire
-    std::array<u8, kGsis> pic_irq_;
+    std::array<u32, kGsis> active_{};  // by IOAPIC pin: sources that hold the wire
+    std::array<u8, kGsis> pic_irq_;    // by IOAPIC pin: 8259 input
 };
 
 }  // namespace polyvisor::irqchip

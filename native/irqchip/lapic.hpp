@@ -25,6 +25,8 @@ class Lapic final : public LocalInterrupts {
     static constexpr u64 kBusFrequency = 1'000'000'000;  ///< Hz
     static constexpr u32 kVersion = 0x14;
     static constexpr u64 kDefaultBase = 0xfee00000;
+    /// A periodic timer fires no more often than this; shorter periods lose interrupts.
+    static constexpr Nanoseconds kMinPeriod = 50'000;
 
     /// What one can configure; the rest is the architecture.
     struct Config {
@@ -38,8 +40,12 @@ class Lapic final : public LocalInterrupts {
     enum Lvt : unsigned { kTimer, kThermal, kPerf, kLint0, kLint1, kError, kLvtCount };
 
     struct State {
-        u64 apic_base;  ///< IA32_APIC_BASE
-        u32 id;         ///< as the ID register shows it in the present mode's units (not shifted)
+        u64 apic_base;       ///< IA32_APIC_BASE
+        u64 icr;             ///< xAPIC: destination in bits 63..56
+        u64 timer_start;     ///< virtual ns when the present count was loaded
+        u64 timer_deadline;  ///< virtual ns of the next expiry, kNever
+        u64 tsc_deadline;    ///< IA32_TSC_DEADLINE as written; 0 is disarmed
+        u32 id;              ///< the x2APIC id
         u32 tpr;
         u32 ldr;  ///< xAPIC: bits 31..24
         u32 dfr;
@@ -47,15 +53,12 @@ class Lapic final : public LocalInterrupts {
         u32 isr[8], tmr[8], irr[8];
         u32 esr;          ///< as read
         u32 esr_pending;  ///< errors since the last write to ESR
-        u64 icr;
         u32 lvt[kLvtCount];
         u32 initial_count;
         u32 divide;
-        u64 timer_start;     ///< virtual ns when the present count was loaded
-        u64 timer_deadline;  ///< virtual ns of the next expiry, kNever
-        u64 tsc_deadline;    ///< IA32_TSC_DEADLINE as written; 0 is disarmed
-        u8 lint;             ///< present level of LINT0 (bit 0) and LINT1 (bit 1)
-        u8 reserved[7];
+        u8 lint;     ///< present level of LINT0 (bit 0) and LINT1 (bit 1)
+        u8 ext_int;  ///< 1: an ExtINT message (not LINT0) awaits its acknowledge
+        u8 reserved[2];
     };
 
     /// Attaches itself to `bus`. `log` (optional) gets guest mistakes.
@@ -88,8 +91,15 @@ class Lapic final : public LocalInterrupts {
     bool matches(const ApicMessage& message, u32 broadcast) const;
     /// What lowest-priority delivery compares: the processor priority. ~0 when it accepts nothing.
     u32 arbitration_priority() const;
-    void accept(const ApicMessage& message);
+    /// False when it is switched off (software or hardware) for such a message.
+    bool accept(const ApicMessage& message);
     void set_lint(unsigned which, bool level);
+
+    /// What firmware leaves the boot CPU with: enabled, LINT0 = ExtINT, LINT1 = NMI ("virtual
+    /// wire", MP specification 3.6.2.2), so that the 8259 works before an OS programs the LAPIC.
+    void set_virtual_wire();
+    /// The thermal sensor or a performance counter overflowed.
+    void local_interrupt(Lvt source);
 
     u32 id() const { return config_.id; }
     bool x2apic() const;
@@ -103,32 +113,38 @@ class Lapic final : public LocalInterrupts {
   private:
     struct Outcome;  // what to do once the mutex is released
 
-    u32 read_register(u32 index, Nanoseconds now) const;
-    bool write_register(u32 index, u64 value, bool x2apic, Outcome& out);
+    bool read_register(u32 index, u64& value) const;
+    bool write_register(u32 index, u32 value, Outcome& out);
+    bool write_x2apic(u32 index, u64 value, Outcome& out);
     bool write_apic_base(u64 value, Outcome& out);
+    void write_svr(u32 value);
     void write_icr(u64 value, Outcome& out);
     void write_lvt(unsigned which, u32 value, Outcome& out);
     void end_of_interrupt(Outcome& out);
     void fire_lvt(unsigned which, Outcome& out);
-    void set_irr(u8 vector, bool level);
+    void receive_fixed(u8 vector, bool level, Outcome& out);
     void error(u32 bits, Outcome& out);
+    void write_tsc_deadline(u64 value, Outcome& out);
     void timer_expired();
     void start_timer(u32 count);
-    void arm_deadline();
-    u32 current_count(Nanoseconds now) const;
+    void rescale_timer(u32 divide);
+    u32 current_count() const;
     u32 divider() const;
+    u32 timer_mode() const { return (state_.lvt[kTimer] >> 17) & 3; }
+    void stop_timer();
+    void arm_deadline();
     void reset_registers();
-    void update(Outcome& out);
-    void update_mmio_base();
-    int highest(const u32 (&bits)[8]) const;
+    u32 logical_id() const;
     u8 processor_priority() const;
+    bool ext_int_requested() const;
     bool hardware_enabled() const { return state_.apic_base & bit(11); }
     bool in_x2apic() const {
         return (state_.apic_base & (bit(10) | bit(11))) == (bit(10) | bit(11));
     }
     bool software_enabled() const { return state_.svr & 0x100; }
-    bool ext_int_enabled() const;
-    void finish(Outcome& out);
+    void update(Outcome& out);
+    void update_mmio_base();
+    void finish(const Outcome& out);
 
     Config config_;
     Clock& clock_;

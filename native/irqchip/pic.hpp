@@ -31,16 +31,17 @@ class Pic final : public Device, public ExtIntSource {
         u8 elcr = 0;         ///< level-triggered inputs
         u8 vector_base = 0;  ///< ICW2
         u8 lowest = 7;       ///< input of lowest priority (rotation)
-        u8 init_step = 0;    ///< 0: initialised; 1..3: next ICW is ICW2..ICW4
-        bool icw4_needed = false;
-        bool single = false;      ///< ICW1.SNGL
-        bool level_mode = false;  ///< ICW1.LTIM: every input is level-triggered
-        bool auto_eoi = false;    ///< ICW4.AEOI
-        bool rotate_on_auto_eoi = false;
-        bool fully_nested = false;  ///< ICW4.SFNM
-        bool special_mask = false;  ///< OCW3 SMM
-        bool poll = false;          ///< OCW3 P: the next read is an acknowledge
-        bool read_isr = false;      ///< OCW3 RIS
+        u8 init_step = 0;    ///< 0: initialised; 2, 3, 4: the ICW that is awaited
+        // Flags, 0 or 1.
+        u8 icw4_needed = 0;
+        u8 single = 0;      ///< ICW1.SNGL
+        u8 level_mode = 0;  ///< ICW1.LTIM: every input is level-triggered
+        u8 auto_eoi = 0;    ///< ICW4.AEOI
+        u8 rotate_on_auto_eoi = 0;
+        u8 fully_nested = 0;  ///< ICW4.SFNM
+        u8 special_mask = 0;  ///< OCW3 SMM
+        u8 poll = 0;          ///< OCW3 P: the next read is an acknowledge
+        u8 read_isr = 0;      ///< OCW3 RIS
     };
     struct State {
         Chip chips[2];  ///< master, slave
@@ -65,12 +66,13 @@ class Pic final : public Device, public ExtIntSource {
   private:
     u8 read_chip(unsigned which, unsigned port);
     void write_chip(unsigned which, unsigned port, u8 value);
-    static int pending(const Chip& chip, bool slave_wiring);
-    static int service(Chip& chip, int input);
+    void write_icw1(Chip& chip, u8 value);
+    void write_icw(Chip& chip, u8 value);
+    void write_ocw2(Chip& chip, u8 value);
+    int requesting(unsigned which) const;
+    int poll(unsigned which);
     void set_input(Chip& chip, unsigned input, bool level);
-    int inta();
     void update();
-    void reset_chip(Chip& chip);
 
     mutable std::mutex mutex_;  // after IrqRouter's, before Ioapic's and Lapic's
     std::function<void(bool)> output_callback_;

@@ -3,10 +3,10 @@
 // Channels count on virtual time at 1.193182 MHz. Channel 0's output is an interrupt line; only its
 // rising edges are made with a Timer, everything a guest reads is computed from the clock.
 //
-// Lost ticks: when the host is late by several periods of channel 0, the missed edges are delivered
-// one after the other, each when the guest has acknowledged the one before it (see
-// set_acknowledged), at most kMaxBacklog of them; Linux counts jiffies from them only before it has
-// a better clock.
+// Lost ticks: when the host is late by several periods of channel 0, the missed edges are made up
+// for at twice the programmed rate, at most kMaxBacklog of them. A guest that counts ticks keeps
+// its time, one that was stopped for long is not flooded. Periods shorter than kMinPeriod lose
+// edges.
 //
 // Offsets: 0..3 = ports 0x40..0x43, 4 = port 0x61.
 #pragma once
@@ -20,32 +20,37 @@ namespace polyvisor::irqchip {
 
 class Pit final : public Device {
   public:
-    static constexpr u64 kFrequency = 1'193'182;  ///< Hz
-    static constexpr u32 kMaxBacklog = 8;
+    static constexpr u64 kFrequency = 1'193'182;       ///< Hz
+    static constexpr u32 kMaxBacklog = 8;              ///< edges
+    static constexpr Nanoseconds kMinPeriod = 50'000;  ///< ns between edges of channel 0
 
     struct Channel {
-        u64 start = 0;         ///< virtual ns at which the present count was loaded
-        u32 reload = 0x10000;  ///< count, 1..0x10000 (0 is written for 65536)
-        u32 paused_count = 0;  ///< what the counter shows while the gate holds it
+        u64 start = 0;        ///< tick at which the present count is (or will be) loaded
+        u64 held = 0;         ///< ticks counted when the gate stopped the counter
+        u64 switch_at = 0;    ///< tick at which next_reload replaces reload; 0 for never
+        u32 reload = 0;       ///< 1..0x10000 (10000 in BCD); 0: no count written yet
+        u32 next_reload = 0;  ///< modes 2 and 3 finish their period first; 1 and 5 await a trigger
         u16 latch = 0;
         u8 mode = 0;    ///< 0..5
         u8 access = 3;  ///< 1: low byte, 2: high byte, 3: low then high
         u8 status_latch = 0;
         u8 write_low = 0;  ///< first byte of a two-byte write
-        bool bcd = false;
-        bool gate = true;
-        bool null_count = true;  ///< written but not yet loaded: no counting
-        bool running = false;    ///< a count was loaded (and triggered, modes 1 and 5)
-        bool latched = false;
-        bool status_latched = false;
-        bool write_high_next = false;
-        bool read_high_next = false;
+        // Flags, 0 or 1.
+        u8 bcd = 0;
+        u8 gate = 1;
+        u8 running = 0;  ///< a count is loaded or about to be (and was triggered, modes 1, 5)
+        u8 latched = 0;
+        u8 status_latched = 0;
+        u8 write_high_next = 0;
+        u8 read_high_next = 0;
+        u8 reserved[3] = {};
     };
     struct State {
         Channel channels[3];
-        bool speaker_data = false;  ///< port 0x61 bit 1
-        u32 backlog = 0;            ///< edges of channel 0 still owed
-        u64 next_edge = 0;          ///< virtual ns of channel 0's next rising edge, kNever for none
+        u64 next_edge = kNever;  ///< tick of channel 0's next rising edge
+        u32 backlog = 0;         ///< edges of channel 0 still owed
+        u8 port61 = 0;           ///< bits 0..3 as written
+        u8 reserved[3] = {};
     };
 
     Pit(Clock& clock, IrqLine& irq0);
@@ -59,19 +64,13 @@ class Pit final : public Device {
     State state() const;
 
   private:
-    u64 ticks(Nanoseconds from, Nanoseconds to) const;
-    u32 count(const Channel& channel, Nanoseconds now) const;
-    bool output(const Channel& channel, Nanoseconds now) const;
-    u8 read_counter(unsigned index);
-    void write_counter(unsigned index, u8 value);
-    void write_control(u8 value);
-    void load(unsigned index, u32 value);
-    void set_gate(unsigned index, bool gate);
-    void latch_count(unsigned index);
-    void latch_status(unsigned index);
-    u8 read_speaker();
-    void write_speaker(u8 value);
-    void schedule(Nanoseconds now);
+    u64 tick() const;
+    u8 read_counter(Channel& channel, u64 now);
+    void write_counter(unsigned index, u8 value, u64 now);
+    void write_control(u8 value, u64 now);
+    void write_gate(Channel& channel, bool gate, u64 now);
+    u8 read_port61(u64 now);
+    void schedule(u64 now);
     void fire();
 
     Clock& clock_;

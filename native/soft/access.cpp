@@ -285,6 +285,11 @@ const u8* readable_host(VcpuFrame& f, u64 linear, u32 size, Privilege privilege,
     return place.host;
 }
 
+bool fill_tlb(VcpuFrame& f, u64 linear, bool write, u8 seg) {
+    Place place;
+    return find_place(f, linear, write, Privilege::kCurrent, seg, place);
+}
+
 bool load_bytes(VcpuFrame& f, const Insn& i, u64 ea, void* into, u32 size) {
     u64 linear;
     return linear_address(f, i.segment, ea, size, false, linear) &&

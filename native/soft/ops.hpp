@@ -91,6 +91,9 @@ u8* writable_host(VcpuFrame& f, u64 linear, u32 size, Privilege privilege, u8 se
 /// Same for reading.
 const u8* readable_host(VcpuFrame& f, u64 linear, u32 size, Privilege privilege, u8 seg = kDs);
 
+/// Translates for an explicit data access and caches that, when the page may be cached; false: raised.
+bool fill_tlb(VcpuFrame& f, u64 linear, bool write, u8 seg);
+
 /// The ModRM operand of the instruction: T is any trivially copyable type of the right size.
 template <class T>
 inline bool load(VcpuFrame& f, const Insn& i, u64 ea, T& value) {

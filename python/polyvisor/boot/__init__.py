@@ -1,7 +1,7 @@
 """Starting kernels: files in, a `Plan` of what goes where, and a machine that is ready to start.
 
-    plan = boot.plan(kernel, initrd, b"console=ttyS0", memory=512 << 20, cpus=2)   # pure
-    boot.load(machine, "vmlinuz", "initrd.img", "console=ttyS0")                   # reads and applies
+plan = boot.plan(kernel, initrd, b"console=ttyS0", memory=512 << 20, cpus=2)   # pure
+boot.load(machine, "vmlinuz", "initrd.img", "console=ttyS0")                   # reads and applies
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def plan(
 ) -> Plan:
     """How to start a kernel in a PC with so much memory (bytes, or its whole map).
 
-    `path` names the kernel in error messages. Raises `ImageError` for a kernel or initrd that cannot
-    be used (`reason`: "not-a-kernel", "corrupt", "unsupported", "memory") and `ConfigError` for a
-    command line that is too long.
+    `path` names the kernel in error messages. Raises `ImageError` for a kernel or initrd that
+    cannot be used (`reason`: "not-a-kernel", "corrupt", "unsupported", "memory") and `ConfigError`
+    for a command line that is too long.
     """
     ranges = layout.memory_map(memory) if isinstance(memory, int) else list(memory)
     tables = acpi.build(hardware or Hardware(), cpus)
@@ -82,19 +82,33 @@ def load(
     raises, and `ImageError` (reason "missing" or "unreadable") for a file.
     """
     image = read_file(kernel, "kernel")
-    disk = b"" if initrd is None else initrd if isinstance(initrd, bytes) else read_file(initrd, "initrd")
+    disk = (
+        b""
+        if initrd is None
+        else initrd
+        if isinstance(initrd, bytes)
+        else read_file(initrd, "initrd")
+    )
     made = plan(
         image,
         disk,
         cmdline.encode(),
         memory=[Range(*entry) for entry in machine.e820()],
         cpus=machine.cpus,
-        hardware=hardware,
+        hardware=hardware or board(machine),
         protocol=protocol,
         path=os.fspath(kernel),
     )
     apply(machine, made)
     return made
+
+
+def board(machine: Machine) -> Hardware:
+    """What the firmware tables of this machine describe."""
+    from polyvisor import _native
+
+    devices = machine.devices
+    return Hardware.from_board(_native.pc_layout(), rtc="rtc" in devices, i8042="i8042" in devices)
 
 
 def apply(machine: Machine, made: Plan) -> None:
@@ -108,6 +122,15 @@ def apply(machine: Machine, made: Plan) -> None:
         machine.set_boot_registers(made.registers)
     for chunk in made.chunks:
         machine.memory.write(chunk.gpa, chunk.data)
+
+
+def is_64bit(kernel: bytes | memoryview, path: str = "the kernel") -> bool:
+    """Whether it is a kernel that runs 64-bit programs. Raises `ImageError` when it is none."""
+    if elf.is_elf(kernel):
+        return elf.parse(kernel, path).bits == 64
+    if linux.is_bzimage(kernel):
+        return linux.parse(kernel, path).is_64bit
+    raise _not_a_kernel(kernel, path, "auto")
 
 
 def read_file(path: str | os.PathLike[str], what: str) -> memoryview:
@@ -130,10 +153,14 @@ def read_file(path: str | os.PathLike[str], what: str) -> memoryview:
         raise error(f"cannot read the {what} {name}: {problem.strerror}", "unreadable") from None
 
 
-def _not_a_kernel(image: bytes | memoryview, path: str, protocol: Choice) -> ImageError | ConfigError:
+def _not_a_kernel(
+    image: bytes | memoryview, path: str, protocol: Choice
+) -> ImageError | ConfigError:
     if elf.is_elf(image) or linux.is_bzimage(image):
         kind = "an ELF kernel" if elf.is_elf(image) else "a bzImage"
-        return ConfigError(f"{path} is {kind}, which protocol {protocol!r} cannot start", field="protocol")
+        return ConfigError(
+            f"{path} is {kind}, which protocol {protocol!r} cannot start", field="protocol"
+        )
     head = bytes(image[:8])
     for magic, method in _COMPRESSED.items():
         if head.startswith(magic):
@@ -149,4 +176,16 @@ def _not_a_kernel(image: bytes | memoryview, path: str, protocol: Choice) -> Ima
     )
 
 
-__all__ = ["Choice", "Chunk", "Hardware", "Plan", "Range", "apply", "load", "plan", "read_file"]
+__all__ = [
+    "Choice",
+    "Chunk",
+    "Hardware",
+    "Plan",
+    "Range",
+    "apply",
+    "board",
+    "is_64bit",
+    "load",
+    "plan",
+    "read_file",
+]

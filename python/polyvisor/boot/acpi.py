@@ -1,4 +1,4 @@
-"""The ACPI tables of polyvisor's PC (ACPI 6.5, chapter 5): RSDP, XSDT, FADT, FACS, MADT, DSDT, MCFG.
+"""The ACPI tables of polyvisor's PC: RSDP, XSDT, FADT, FACS, MADT, DSDT, MCFG (ACPI 6.5, 5.2).
 
 They tell an operating system what it cannot find by itself: the CPUs, the IOAPIC and how ISA
 interrupts reach it, the PCI root, the serial ports, and how to switch off and to reset. There is no
@@ -35,7 +35,7 @@ def build(hardware: Hardware, cpus: int, at: int = layout.TABLES) -> Chunk:
     facs_at = place(facs())
     tables = [fadt(hardware, dsdt_at, facs_at), madt(hardware, cpus)]
     if hardware.ecam is not None:
-        tables.append(mcfg(hardware.ecam))
+        tables.append(mcfg(hardware.ecam, hardware.pci_buses))
     addresses = [place(table) for table in tables]
     xsdt_at = place(table(b"XSDT", 1, b"".join(struct.pack("<Q", a) for a in addresses)))
     blob[:36] = rsdp(xsdt_at)
@@ -103,7 +103,7 @@ def fadt(hardware: Hardware, dsdt_at: int, facs_at: int) -> bytes:
         hardware.gpe0,
         0,
     )
-    # Lengths of those blocks; C2 and C3 latencies that say there is no such state; CMOS century byte.
+    # Lengths of those blocks; C2 and C3 latencies that say there is no such state.
     body += struct.pack("<8B", 4, 2, 0, 4, hardware.gpe0_size, 0, 0, 0)
     body += struct.pack("<HHHHBBBBB", 101, 1001, 0, 0, 0, 0, 0, 0, 0x32 if hardware.rtc else 0)
     body += struct.pack("<HBI", boot_arch, 0, flags)
@@ -145,14 +145,17 @@ def ioapic_id(cpus: int) -> int:
     return min(cpus, 0xFE)
 
 
-def mcfg(ecam: int) -> bytes:
-    """The memory-mapped configuration space of buses 0 to 255 (PCI Firmware 3.3, 4.1.2)."""
-    return table(b"MCFG", 1, bytes(8) + struct.pack("<QHBB4x", ecam, 0, 0, 255))
+def mcfg(ecam: int, buses: int) -> bytes:
+    """The memory-mapped configuration space, of buses from 0 on (PCI Firmware 3.3, 4.1.2)."""
+    return table(b"MCFG", 1, bytes(8) + struct.pack("<QHBB4x", ecam, 0, 0, buses - 1))
 
 
 def pci_gsi(device: int, pin: int) -> int:
-    """The global system interrupt of pin 0 (INTA) to 3 of a PCI device: 16 to 23, spread out."""
-    return 16 + (device + pin) % 8
+    """The global system interrupt of pin 0 (INTA) to 3 of a PCI device: 16 to 19, spread out.
+
+    `pci::HostBridge::gsi` says the same.
+    """
+    return 16 + (device + pin) % 4
 
 
 def dsdt(hardware: Hardware) -> bytes:
@@ -181,7 +184,7 @@ def _pci_root(hardware: Hardware) -> bytes:
     if express:
         identity.append(aml.name("_CID", aml.eisa_id("PNP0A03")))
     windows = aml.resources(
-        aml.bus_numbers(0, 255),
+        aml.bus_numbers(0, hardware.pci_buses - 1),
         aml.io(0xCF8, 8),
         aml.io_window(0x0000, 0x0CF7),
         aml.io_window(0x0D00, 0xFFFF),
@@ -197,7 +200,7 @@ def _pci_root(hardware: Hardware) -> bytes:
     if not express:
         return root
     assert hardware.ecam is not None
-    reserved = aml.resources(aml.memory32_fixed(hardware.ecam, 256 << 20))
+    reserved = aml.resources(aml.memory32_fixed(hardware.ecam, hardware.pci_buses << 20))
     return root + aml.device(
         "MCFG", aml.name("_HID", aml.eisa_id("PNP0C02")), aml.name("_CRS", reserved)
     )

@@ -54,7 +54,9 @@ def parse(image: bytes | memoryview, path: str) -> Kernel:
         if machine not in ("EM_X86_64", "EM_386"):
             raise error("is an ELF file for another kind of CPU, not for x86", "unsupported")
         if kind != "ET_EXEC" and kind != "ET_DYN":
-            raise error("is an ELF file, but no program (an object file or a core?)", "not-a-kernel")
+            raise error(
+                "is an ELF file, but no program (an object file or a core?)", "not-a-kernel"
+            )
         headers = [segment.header for segment in elf.iter_segments()]
         entry = elf["e_entry"]
     except (ELFError, ELFParseError, ConstructError, struct.error, ValueError, KeyError) as problem:
@@ -196,18 +198,18 @@ def _check_place(kernel: Kernel, path: str, ranges: list[Range]) -> None:
     )
 
 
-def _physical(entry: int, loads: list[dict[str, int]]) -> int:
+def _physical(entry: int, loads: list[Any]) -> int:
     """The entry as a physical address: Linux's e_entry is one already, others' is virtual."""
     for header in loads:
         if header["p_paddr"] <= entry < header["p_paddr"] + header["p_memsz"]:
             return entry
     for header in loads:
         if header["p_vaddr"] <= entry < header["p_vaddr"] + header["p_memsz"]:
-            return entry - header["p_vaddr"] + header["p_paddr"]
+            return int(entry - header["p_vaddr"] + header["p_paddr"])
     return entry
 
 
-def _pvh_entry(image: bytes | memoryview, headers: list[dict[str, int]]) -> int | None:
+def _pvh_entry(image: bytes | memoryview, headers: list[Any]) -> int | None:
     for header in headers:
         if header["p_type"] != "PT_NOTE":
             continue

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,7 +21,7 @@ PROTECTED_GDT = 0xB000
 COMMAND_LINE = 0x20000
 LOW_END = 0xA0000
 
-#: Firmware tables; the RSDP is looked for on 16-byte boundaries from 0xE0000 on (ACPI 6.5, 5.2.5.1).
+#: Firmware tables; the RSDP is looked for from 0xE0000 on, every 16 bytes (ACPI 6.5, 5.2.5.1).
 TABLES = 0xE0000
 TABLES_END = 0x100000
 #: Kernels are loaded here or above.
@@ -62,21 +63,21 @@ class Hardware:
 
     lapic: int = 0xFEE00000
     ioapic: int = 0xFEC00000
-    ioapic_pins: int = 24
     sci_irq: int = 9
     pm1_event: int = 0x600
     pm1_control: int = 0x604
     pm_timer: int = 0x608
-    gpe0: int = 0x620
+    gpe0: int = 0x60C
     gpe0_size: int = 4
     reset_port: int = 0xCF9
     reset_value: int = 0x06
     #: What SLP_TYP is for S5, soft off.
     sleep_s5: int = 5
     #: Where PCI BARs may be placed, below 4 GiB.
-    pci_window: tuple[int, int] = (0xC0000000, 0xFEBFFFFF)
-    #: The memory-mapped configuration space, when there is one.
-    ecam: int | None = None
+    pci_window: tuple[int, int] = (0xC0000000, 0xDFFFFFFF)
+    #: The memory-mapped configuration space (None: there is none), 1 MiB for each bus.
+    ecam: int | None = 0xE0000000
+    pci_buses: int = 1
     rtc: bool = True
     i8042: bool = False
     isa: tuple[Isa, ...] = field(
@@ -85,6 +86,27 @@ class Hardware:
             Isa("COM2", "PNP0501", ((0x2F8, 8),), 3, 2),
         )
     )
+
+    @classmethod
+    def from_board(cls, board: Mapping[str, int], *, rtc: bool, i8042: bool) -> Hardware:
+        """The hardware of a machine, by the names of `_native.pc_layout()`."""
+        return cls(
+            lapic=board["lapic"],
+            ioapic=board["ioapic"],
+            sci_irq=board["sci_gsi"],
+            pm1_event=board["acpi_pm_event"],
+            pm1_control=board["acpi_pm_control"],
+            pm_timer=board["acpi_pm_timer"],
+            gpe0=board["acpi_gpe0"],
+            reset_port=board["reset_port"],
+            reset_value=board["reset_value"],
+            sleep_s5=board["acpi_sleep_type_s5"],
+            pci_window=(board["pci_mmio"], board["pci_mmio_end"] - 1),
+            ecam=board["ecam"],
+            pci_buses=board["ecam_size"] >> 20,
+            rtc=rtc,
+            i8042=i8042,
+        )
 
 
 def memory_map(memory: int, *, hole_start: int = 3 * GIB, hole_end: int = 4 * GIB) -> list[Range]:
@@ -132,9 +154,9 @@ Protocol = Literal["linux64", "linux32", "pvh", "elf64", "elf32"]
 class Plan:
     """All that starting a kernel takes: what to store where, and the boot CPU's state.
 
-    `mode` "long" is 64-bit mode with the first 4 GiB mapped one to one, "protected" is 32-bit without
-    paging; both with flat segments (CS 0x10, data 0x18) and interrupts off. `registers` are those
-    that the protocol asks for; the others are zero.
+    `mode` "long" is 64-bit mode with the first 4 GiB mapped one to one, "protected" is 32-bit
+    without paging; both with flat segments (CS 0x10, data 0x18) and interrupts off. `registers` are
+    those that the protocol asks for; the others are zero.
     """
 
     protocol: Protocol
@@ -148,5 +170,5 @@ class Plan:
 def check_apart(chunks: Sequence[Chunk]) -> None:
     """Nothing may lie over something else: a mistake of ours, not of a user."""
     ordered = sorted((chunk for chunk in chunks if len(chunk.data)), key=lambda chunk: chunk.gpa)
-    for before, after in zip(ordered, ordered[1:], strict=False):
+    for before, after in itertools.pairwise(ordered):
         assert before.end <= after.gpa, f"{before.what} runs into {after.what}"

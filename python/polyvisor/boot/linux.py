@@ -194,8 +194,8 @@ def place_initrd(
 
 
 def build_zero_page(ranges: list[Range], rsdp: int, header: bytes = b"") -> bytearray:
-    """boot_params (Linux: x86/zero-page) with the memory map, ACPI's root and a setup header: that of
-    a bzImage, or (an ELF kernel has none) one that says as much as such a kernel looks at."""
+    """boot_params (Linux: x86/zero-page) with the memory map, ACPI's root and a setup header: that
+    of a bzImage, or (an ELF kernel has none) one that says as much as such a kernel looks at."""
     page = bytearray(4096)
     struct.pack_into("<Q", page, 0x70, rsdp)
     if header:

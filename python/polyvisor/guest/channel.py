@@ -1,4 +1,4 @@
-"""The host's side of the frames that a guest's init sends and takes (guest/channel.h describes them).
+"""The host's side of the frames that a guest's init sends and takes (see guest/channel.h).
 
 Pure: bytes in, events out; nothing here waits or knows a machine.
 """
@@ -42,7 +42,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class NotRun:
-    """The command could not be started. `stage`: "start", "directory" or "exec"; `errno` is Linux's."""
+    """The command could not be started, at `stage`, for the reason `errno` (Linux's numbers)."""
 
     stage: Literal["start", "directory", "exec"]
     errno: int
@@ -99,7 +99,10 @@ class Channel:
         events: list[Event] = []
         at = 0
         while len(self._received) - at >= HEADER:
-            kind, size = self._received[at], int.from_bytes(self._received[at + 1 : at + 3], "little")
+            kind, size = (
+                self._received[at],
+                int.from_bytes(self._received[at + 1 : at + 3], "little"),
+            )
             if len(self._received) - at < HEADER + size:
                 break
             payload = bytes(self._received[at + HEADER : at + HEADER + size])

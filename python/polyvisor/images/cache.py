@@ -1,9 +1,9 @@
 """Files that polyvisor fetched or made, kept between runs.
 
 A cache entry is a directory that appears complete or not at all (it is made beside its place and
-renamed), with a manifest of sizes and SHA-256 sums that is checked on every use. Two processes that
-want the same entry make it once: the second waits for the first. Nothing here runs in a guest's way:
-an entry that was tampered with or cut off is made again.
+renamed), with a manifest of sizes and SHA-256 sums that is checked on every use: an entry that was
+cut off or changed is made again. Two processes that want the same entry make it once; the second
+waits for the first.
 """
 
 from __future__ import annotations

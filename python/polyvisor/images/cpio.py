@@ -66,9 +66,7 @@ class Archive:
         if parent and parent not in self._directories:
             self.directory(parent)
 
-    def _add(
-        self, name: str, mode: int, data: bytes = b"", rdev: tuple[int, int] = (0, 0)
-    ) -> None:
+    def _add(self, name: str, mode: int, data: bytes = b"", rdev: tuple[int, int] = (0, 0)) -> None:
         encoded = name.encode("utf-8", "surrogateescape") + b"\0"
         links = 2 if stat.S_ISDIR(mode) else 1
         self._inode += 1

@@ -1,8 +1,8 @@
 """The initramfs of `polyvisor exec`: busybox, polyvisor's init, and the command to run.
 
-Two cpio archives, one behind the other: the user space, which is the same for every command and kept
-in the cache, and the command, a few hundred bytes made for each run. Neither is compressed: unpacking
-would cost the guest more than reading the bytes.
+Two cpio archives, one behind the other: the user space, which is the same for every command and
+kept in the cache, and the command, a few hundred bytes made for each run. Neither is compressed:
+unpacking would cost the guest more than reading the bytes.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def build(
 ) -> bytes:
     """The whole initramfs. `files` are added as they are (path to content, mode 0755).
 
-    Without a command, init starts a shell on the first serial port. Raises `ImageError` when busybox
-    or init is missing, `ConfigError` for a command that no program can be given.
+    Without a command, init starts a shell on the first serial port. Raises `ImageError` when
+    busybox or init is missing, `ConfigError` for a command that no program can be given.
     """
     archive = Archive()
     if command is not None:

@@ -1,7 +1,8 @@
-"""The ELF kernel inside a bzImage, which is compressed there behind a small program that unpacks it."""
+"""The ELF kernel inside a bzImage: compressed there, behind a small program that unpacks it."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -86,7 +87,7 @@ def _lz4(data: memoryview) -> bytes:
     """LZ4's legacy frames: blocks of at most 8 MiB, each with its size in front. Linux's build puts
     the unpacked size (4 bytes) behind the last, which no block's size can be taken for."""
     try:
-        import lz4.block
+        block = importlib.import_module("lz4.block")
     except ImportError:
         raise ImageError(
             "this kernel is compressed with LZ4; install the Python package lz4 to unpack it",
@@ -100,7 +101,7 @@ def _lz4(data: memoryview) -> bytes:
             continue
         if not 0 < size <= len(data) - at:
             break
-        blocks.append(lz4.block.decompress(data[at : at + size], uncompressed_size=_LZ4_BLOCK))
+        blocks.append(block.decompress(data[at : at + size], uncompressed_size=_LZ4_BLOCK))
         at += size
     return b"".join(blocks)
 

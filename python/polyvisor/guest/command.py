@@ -1,0 +1,309 @@
+"""`exec`: boot the distribution's kernel with a small user space and run one command in it.
+
+The command's stdin, stdout and stderr go over the machine's second serial port (channel.py); the
+first is the guest's console, which is shown only when something went wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from polyvisor.errors import ConfigError, GuestError, MachineTimeout
+from polyvisor.guest.channel import Channel, Ended, NotRun, Output, Ready
+from polyvisor.guest.feeder import Feeder
+from polyvisor.images import initramfs, packages
+from polyvisor.images import kernel as kernels
+
+if TYPE_CHECKING:
+    from polyvisor.machine import ExitInfo, Machine
+
+#: What exec adds to the kernel's command line, in front of the caller's own. docs/exec.md says why
+#: for each.
+DEFAULT_CMDLINE = (
+    "console=ttyS0 quiet panic=-1 nokaslr mitigations=off cryptomgr.notests apparmor=0 audit=0 "
+    "init_on_alloc=0 8250.nr_uarts=2 no_timer_check tsc=reliable rcupdate.rcu_expedited=1"
+)
+Stdin = bytes | str | int | IO[bytes] | None
+Sink = Callable[[bytes], object]
+
+_PANIC = re.compile(r"Kernel panic - not syncing: ?([^\r\n]*)")
+_PANIC_END = b"---[ end Kernel panic"
+#: How long a wait may keep the calling thread from noticing Ctrl-C.
+_SLICE = 0.1
+
+
+class GuestPanic(GuestError):
+    """The guest's kernel panicked; `text` is what it said, `tail` the console's end."""
+
+    def __init__(self, message: str, *, text: str = "", tail: str = "") -> None:
+        super().__init__(message, reason="panic", tail=tail)
+        self.text = text
+
+
+class CommandNotRun(GuestError):
+    """The guest could not start the command: `errno` is Linux's, `status` what a shell would make
+    of it (127: not found, 126: not executable), `stage` "exec", "directory" or "start"."""
+
+    def __init__(
+        self, message: str, *, errno: int, status: int, stage: str, tail: str = ""
+    ) -> None:
+        super().__init__(message, reason="not-run", tail=tail)
+        self.errno = errno
+        self.status = status
+        self.stage = stage
+
+
+class CommandFailed(GuestError):
+    """With ``check=True``: the command ended with a status other than 0. `completed` has it all."""
+
+    def __init__(self, message: str, *, completed: Completed) -> None:
+        super().__init__(message, reason="status", tail=completed.console[-2000:])
+        self.completed = completed
+
+
+@dataclass(frozen=True)
+class Completed:
+    """How a command ended."""
+
+    argv: tuple[str, ...]
+    #: The command's own exit status; 128 + n when signal n killed it.
+    status: int
+    #: The signal that killed it, 0 for none.
+    signal: int
+    #: What it wrote (b"" when it went to a callback).
+    stdout: bytes
+    stderr: bytes
+    #: What the guest's kernel said on its console.
+    console: str
+    engine: str
+    #: Seconds from the call to when init was ready to run the command, and to the command's end.
+    boot_seconds: float
+    seconds: float
+    #: Host CPU seconds of this process meanwhile, to init and to the end.
+    boot_cpu_seconds: float
+    cpu_seconds: float
+
+    @property
+    def text(self) -> str:
+        """`stdout` as text."""
+        return self.stdout.decode("utf-8", "replace")
+
+
+def exec(  # noqa: A001
+    argv: Sequence[str],
+    *,
+    engine: str = "auto",
+    memory: int | str = "512M",
+    cpus: int = 1,
+    timeout: float | None = None,
+    stdin: Stdin = None,
+    env: Mapping[str, str | None] | None = None,
+    cwd: str = "/root",
+    tty: tuple[int, int] | None = None,
+    files: Mapping[str, bytes] | None = None,
+    kernel: str | os.PathLike[str] = "cloud",
+    append: str = "",
+    on_stdout: Sink | None = None,
+    on_stderr: Sink | None = None,
+    on_start: Callable[[Machine, Channel], object] | None = None,
+    progress: packages.Progress | None = None,
+    check: bool = False,
+) -> Completed:
+    """Runs `argv` as root in a fresh virtual machine and waits for its end.
+
+    `stdin` is bytes or text, a file descriptor or binary file that is read as the command reads, or
+    None for an empty one. Output is collected, or given to `on_stdout` and `on_stderr` as it comes.
+    `env` is added to a usual environment (None removes a variable), `files` to the guest's root.
+    `tty` (rows, columns) runs the command on a terminal of that size. `kernel` is a name ("cloud",
+    "generic", "686") or a file; `append` is added to its command line. `on_start` gets the machine,
+    just started, and the channel (to send signals). `progress` is told about downloads.
+
+    Raises `CommandNotRun` when the guest has no such program, `GuestPanic` or `GuestError` when the
+    guest does not survive, `MachineTimeout` after `timeout` seconds, with ``check``
+    `CommandFailed`, and `ImageError`, `ConfigError`, `EngineUnavailable` for what keeps it from
+    starting. Whatever happens, the machine is gone when it returns.
+    """
+    started, cpu_started = time.monotonic(), time.process_time()
+    if isinstance(argv, str):
+        raise ConfigError('argv must be a list of strings, such as ["ls", "-l"]', field="argv")
+    if timeout is not None and timeout <= 0:
+        raise ConfigError(f"timeout must be more than 0 seconds, not {timeout:g}", field="timeout")
+    command = initramfs.Command(
+        [os.fspath(argument) for argument in argv], env or {}, cwd, terminal=tty is not None
+    )
+    initramfs.encode(command)  # complains before anything is downloaded or allocated
+    from polyvisor.machine import Machine
+
+    with Machine(memory=memory, cpus=cpus, engine=engine, serial_ports=2, name="exec") as machine:
+        image, architecture = _kernel(kernel, progress)
+        initrd = initramfs.build(command, architecture=architecture, files=files)
+        _load(machine, image, initrd, f"{DEFAULT_CMDLINE} {append}".strip())
+        del initrd
+        run = _Run(machine, tuple(command.arguments), on_stdout, on_stderr)
+        if tty is not None:
+            run.channel.resize(*tty)
+        run.port.flow_control()
+        machine.start()
+        if on_start is not None:
+            on_start(machine, run.channel)
+        feeder = Feeder(run.channel, stdin)
+        try:
+            outcome = run.wait(started, timeout, feeder)
+        finally:
+            feeder.stop()
+        completed = Completed(
+            argv=run.argv,
+            status=128 + outcome.signal if outcome.signal else outcome.status,
+            signal=outcome.signal,
+            stdout=bytes(run.stdout),
+            stderr=bytes(run.stderr),
+            console=machine.console.transcript,
+            engine=machine.engine,
+            boot_seconds=run.ready_at - started,
+            seconds=time.monotonic() - started,
+            boot_cpu_seconds=run.ready_cpu - cpu_started,
+            cpu_seconds=time.process_time() - cpu_started,
+        )
+    if check and completed.status:
+        raise CommandFailed(
+            f"{completed.argv[0]} ended with status {completed.status}", completed=completed
+        )
+    return completed
+
+
+class _Run:
+    """One command in a machine that is running."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        argv: tuple[str, ...],
+        on_stdout: Sink | None,
+        on_stderr: Sink | None,
+    ) -> None:
+        self.machine = machine
+        self.argv = argv
+        self.port = machine.serial(1)
+        self.channel = Channel(self.port.send)
+        self.stdout, self.stderr = bytearray(), bytearray()
+        self.ready_at = self.ready_cpu = 0.0
+        self._sinks = {
+            "stdout": on_stdout or self.stdout.extend,
+            "stderr": on_stderr or self.stderr.extend,
+        }
+        self._panic_seen = 0
+
+    def wait(self, started: float, timeout: float | None, feeder: Feeder) -> Ended:
+        """Serves the command until it ended; raises when that will not happen."""
+        deadline = None if timeout is None else started + timeout
+        while True:
+            left = _SLICE if deadline is None else min(_SLICE, deadline - time.monotonic())
+            data = self.port.read_bytes(timeout=max(left, 0))
+            if data:
+                with feeder.lock:
+                    events = self.channel.receive(data)
+                feeder.wake()
+                for event in events:
+                    if isinstance(event, Output):
+                        self._sinks[event.stream](event.data)
+                    elif isinstance(event, Ready):
+                        self.ready_at, self.ready_cpu = time.monotonic(), time.process_time()
+                    elif isinstance(event, Ended):
+                        return event
+                    elif isinstance(event, NotRun):
+                        raise self._not_run(event)
+            elif self.port.closed:
+                self._ended_early()
+            else:
+                self._look_for_panic()
+            if deadline is not None and time.monotonic() >= deadline:
+                assert timeout is not None
+                what = "end" if self.ready_at else "get as far as init"
+                raise MachineTimeout(
+                    f"the guest did not {what} within {timeout:g} s and was stopped"
+                    + ("" if self.ready_at else "; --timeout gives it longer"),
+                    seconds=timeout,
+                )
+
+    def _ended_early(self) -> None:
+        """The machine ended and the command did not: finds the reason to raise."""
+        info = self.machine.wait(1.0)  # raises DeviceError when that was it
+        raise guest_failure(info, self.machine.console.transcript)
+
+    def _look_for_panic(self) -> None:
+        """A kernel that was told to stay after a panic (panic=0) never ends by itself."""
+        text = self.machine.console.transcript_bytes
+        if len(text) != self._panic_seen:
+            self._panic_seen = len(text)
+            if _PANIC_END in text:
+                raise guest_failure(None, text.decode("utf-8", "replace"))
+
+    def _not_run(self, event: NotRun) -> CommandNotRun:
+        name, reason = self.argv[0], os.strerror(event.errno)
+        if event.stage == "exec" and event.errno == 2:
+            status, message = 127, f"{name}: there is no such command in the guest"
+        elif event.stage == "exec":
+            status, message = 126, f"{name}: the guest cannot execute it: {reason}"
+        elif event.stage == "directory":
+            status, message = 126, f"the guest cannot start {name} in its directory: {reason}"
+        else:
+            status, message = 126, f"the guest cannot start a process: {reason}"
+        tail = self.machine.console.tail()
+        return CommandNotRun(
+            message, errno=event.errno, status=status, stage=event.stage, tail=tail
+        )
+
+
+def guest_failure(info: ExitInfo | None, transcript: str) -> GuestError:
+    """The exception for a guest that ended before its time, from its end and its console."""
+    tail = transcript[-2000:]
+    panic = _PANIC.search(transcript)
+    if panic is not None:
+        text = panic.group(1).strip()
+        return GuestPanic(f"the guest's kernel panicked: {text}", text=text, tail=tail)
+    how = {
+        "power_off": "switched itself off",
+        "reset": "reset itself",
+        "triple_fault": "crashed (triple fault)",
+        "halted": "halted for good",
+        "stopped": "was stopped",
+        "debug_exit": "ended by its debug-exit port",
+    }
+    reason = info.reason if info is not None else "ended"
+    detail = f" ({info.detail})" if info is not None and info.detail else ""
+    return GuestError(
+        f"the guest {how.get(reason, reason.replace('_', ' '))}{detail} before the command ended",
+        reason=reason,
+        tail=tail,
+    )
+
+
+def _kernel(
+    given: str | os.PathLike[str], progress: packages.Progress | None
+) -> tuple[Path, initramfs.Architecture]:
+    """The kernel file, and which programs it runs."""
+    if isinstance(given, str) and given in kernels.NAMES:
+        found = kernels.fetch(given, progress=progress)
+        return found.image, found.architecture
+    from polyvisor import boot
+
+    path = Path(os.fspath(given))
+    if isinstance(given, str) and "/" not in given and not path.exists():
+        raise ConfigError(
+            f"there is no kernel called {given!r}; choose one of {', '.join(kernels.NAMES)}, or "
+            f"give a file",
+            field="kernel",
+        )
+    return path, "amd64" if boot.is_64bit(boot.read_file(path, "kernel"), str(path)) else "i386"
+
+
+def _load(machine: Machine, image: Path, initrd: bytes, cmdline: str) -> None:
+    from polyvisor import boot
+
+    boot.load(machine, image, initrd, cmdline)

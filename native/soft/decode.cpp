@@ -495,6 +495,11 @@ DecodeStatus memory(Decoding& d, const Row& row) {
         i.scale = sib >> 6;
         u8 index = ((sib >> 3) & 7) | (d.rex & 2) << 2;
         if (index != 4 || (row.flags & kRowVsib)) i.index = index;
+        // Gathers: destination, index and mask must be three registers.
+        if (PV_UNLIKELY(row.flags & kRowVsib) &&
+            (i.index == i.reg || i.index == i.vvvv || i.reg == i.vvvv)) {
+            return DecodeStatus::kUndefined;
+        }
         rm = sib & 7;
         if (rm == 5 && i.mod == 0) {
             disp_size = 4;

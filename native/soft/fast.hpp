@@ -38,20 +38,22 @@ PV_INLINE u64 address_of(const Uop* u, VcpuFrame* f) {
     return address;
 }
 
-/// Host address of a T at `linear`, or nullptr when the TLB does not have it.
+/// Sets `at` to the host address of a T at `linear`; false when the TLB does not have it.
 template <class T>
-PV_INLINE T* readable(VcpuFrame* f, u64 linear) {
+PV_INLINE bool readable(VcpuFrame* f, u64 linear, T*& at) {
     const Tlb* tlb = f->tlb_now;
     u64 n = (linear >> 12) & 255;
-    if (PV_UNLIKELY(linear + tlb->neg_r[n] > 4096 - sizeof(T))) return nullptr;
-    return reinterpret_cast<T*>(linear + tlb->addend[n]);
+    if (PV_UNLIKELY(linear + tlb->neg_r[n] > 4096 - sizeof(T))) return false;
+    at = reinterpret_cast<T*>(linear + tlb->addend[n]);
+    return true;
 }
 template <class T>
-PV_INLINE T* writable(VcpuFrame* f, u64 linear) {
+PV_INLINE bool writable(VcpuFrame* f, u64 linear, T*& at) {
     const Tlb* tlb = f->tlb_now;
     u64 n = (linear >> 12) & 255;
-    if (PV_UNLIKELY(linear + tlb->neg_w[n] > 4096 - sizeof(T))) return nullptr;
-    return reinterpret_cast<T*>(linear + tlb->addend[n]);
+    if (PV_UNLIKELY(linear + tlb->neg_w[n] > 4096 - sizeof(T))) return false;
+    at = reinterpret_cast<T*>(linear + tlb->addend[n]);
+    return true;
 }
 
 /// Writes a register as instructions do: 32-bit results clear the upper half.

@@ -8,8 +8,8 @@ namespace {
 template <AluOp O, class T, AddressKind K, bool Live>
 const Uop* alu_load(const Uop* u, VcpuFrame* f) {
     u64 linear = address_of<K>(u, f);
-    const T* at = readable<T>(f, linear);
-    if (PV_UNLIKELY(at == nullptr)) return run_slowly(u, f, linear, false);
+    const T* at;
+    if (PV_UNLIKELY(!readable(f, linear, at))) return run_slowly(u, f, linear, false);
     T result = alu<O, T, Live>(f, gpr_at<T>(f, u->dst), *at);
     if constexpr (O != kCmp) set_gpr<T>(f, u->dst, result);
     PV_NEXT;
@@ -18,8 +18,9 @@ const Uop* alu_load(const Uop* u, VcpuFrame* f) {
 template <AluOp O, class T, AddressKind K, bool Immediate>
 const Uop* alu_store(const Uop* u, VcpuFrame* f) {
     u64 linear = address_of<K>(u, f);
-    T* at = O == kCmp ? readable<T>(f, linear) : writable<T>(f, linear);
-    if (PV_UNLIKELY(at == nullptr)) return run_slowly(u, f, linear, O != kCmp);
+    T* at;
+    bool hit = O == kCmp ? readable(f, linear, at) : writable(f, linear, at);
+    if (PV_UNLIKELY(!hit)) return run_slowly(u, f, linear, O != kCmp);
     T b = Immediate ? immediate<T>(u) : gpr_at<T>(f, u->src);
     T result = alu<O, T, true>(f, *at, b);
     if constexpr (O != kCmp) *at = result;
@@ -29,8 +30,8 @@ const Uop* alu_store(const Uop* u, VcpuFrame* f) {
 template <class T, AddressKind K, bool Immediate>
 const Uop* test_memory(const Uop* u, VcpuFrame* f) {
     u64 linear = address_of<K>(u, f);
-    const T* at = readable<T>(f, linear);
-    if (PV_UNLIKELY(at == nullptr)) return run_slowly(u, f, linear, false);
+    const T* at;
+    if (PV_UNLIKELY(!readable(f, linear, at))) return run_slowly(u, f, linear, false);
     alu<kAnd, T, true>(f, *at, Immediate ? immediate<T>(u) : gpr_at<T>(f, u->src));
     PV_NEXT;
 }
@@ -38,8 +39,8 @@ const Uop* test_memory(const Uop* u, VcpuFrame* f) {
 template <bool Increment, class T, AddressKind K>
 const Uop* step_memory(const Uop* u, VcpuFrame* f) {
     u64 linear = address_of<K>(u, f);
-    T* at = writable<T>(f, linear);
-    if (PV_UNLIKELY(at == nullptr)) return run_slowly(u, f, linear, true);
+    T* at;
+    if (PV_UNLIKELY(!writable(f, linear, at))) return run_slowly(u, f, linear, true);
     T a = *at;
     u32 flags;
     if constexpr (Increment) {

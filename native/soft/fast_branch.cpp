@@ -23,8 +23,8 @@ const Uop* jump(const Uop* u, VcpuFrame* f) { return leave_to(f, u->disp, 0); }
 
 const Uop* call(const Uop* u, VcpuFrame* f) {
     u64 linear = f->gpr[kRsp] - 8;
-    u64* at = writable<u64>(f, linear);
-    if (PV_UNLIKELY(at == nullptr)) return run_slowly(u, f, linear, true);
+    u64* at;
+    if (PV_UNLIKELY(!writable(f, linear, at))) return run_slowly(u, f, linear, true);
     *at = f->block->ip + u->offset + u->length;
     f->gpr[kRsp] = linear;
     return leave_to(f, u->disp, 0);
@@ -32,8 +32,8 @@ const Uop* call(const Uop* u, VcpuFrame* f) {
 
 const Uop* ret(const Uop* u, VcpuFrame* f) {
     u64 linear = f->gpr[kRsp];
-    const u64* at = readable<u64>(f, linear);
-    if (PV_UNLIKELY(at == nullptr)) return run_slowly(u, f, linear, false);
+    const u64* at;
+    if (PV_UNLIKELY(!readable(f, linear, at))) return run_slowly(u, f, linear, false);
     u64 ip = *at;
     if (PV_UNLIKELY(!canonical48(ip))) return run_generic(u, f);
     f->gpr[kRsp] = linear + 8;
@@ -45,8 +45,8 @@ PV_INLINE const Uop* go_indirect(const Uop* u, VcpuFrame* f, u64 ip) {
     if (PV_UNLIKELY(!canonical48(ip))) return run_generic(u, f);
     if constexpr (Call) {
         u64 linear = f->gpr[kRsp] - 8;
-        u64* at = writable<u64>(f, linear);
-        if (PV_UNLIKELY(at == nullptr)) return run_slowly(u, f, linear, true);
+        u64* at;
+        if (PV_UNLIKELY(!writable(f, linear, at))) return run_slowly(u, f, linear, true);
         *at = f->block->ip + u->offset + u->length;
         f->gpr[kRsp] = linear;
     }
@@ -61,8 +61,8 @@ const Uop* indirect(const Uop* u, VcpuFrame* f) {
 template <bool Call, AddressKind K>
 const Uop* indirect_load(const Uop* u, VcpuFrame* f) {
     u64 linear = address_of<K>(u, f);
-    const u64* at = readable<u64>(f, linear);
-    if (PV_UNLIKELY(at == nullptr)) return run_slowly(u, f, linear, false);
+    const u64* at;
+    if (PV_UNLIKELY(!readable(f, linear, at))) return run_slowly(u, f, linear, false);
     return go_indirect<Call>(u, f, *at);
 }
 

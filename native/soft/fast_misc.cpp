@@ -83,8 +83,8 @@ const Uop* imul(const Uop* u, VcpuFrame* f) {
 template <class T, AddressKind K>
 const Uop* imul_load(const Uop* u, VcpuFrame* f) {
     u64 linear = address_of<K>(u, f);
-    const T* at = readable<T>(f, linear);
-    if (PV_UNLIKELY(at == nullptr)) return run_slowly(u, f, linear, false);
+    const T* at;
+    if (PV_UNLIKELY(!readable(f, linear, at))) return run_slowly(u, f, linear, false);
     set_gpr<T>(f, u->dst, imul_with_flags<T>(f, gpr_at<T>(f, u->dst), *at));
     PV_NEXT;
 }

@@ -14,8 +14,8 @@ const Uop* move_register(const Uop* u, VcpuFrame* f) {
 template <class T, AddressKind K>
 const Uop* load_register(const Uop* u, VcpuFrame* f) {
     u64 linear = address_of<K>(u, f);
-    const T* at = readable<T>(f, linear);
-    if (PV_UNLIKELY(at == nullptr)) return run_slowly(u, f, linear, false);
+    const T* at;
+    if (PV_UNLIKELY(!readable(f, linear, at))) return run_slowly(u, f, linear, false);
     set_gpr<T>(f, u->dst, *at);
     PV_NEXT;
 }
@@ -23,8 +23,8 @@ const Uop* load_register(const Uop* u, VcpuFrame* f) {
 template <class T, AddressKind K, bool Immediate>
 const Uop* store_register(const Uop* u, VcpuFrame* f) {
     u64 linear = address_of<K>(u, f);
-    T* at = writable<T>(f, linear);
-    if (PV_UNLIKELY(at == nullptr)) return run_slowly(u, f, linear, true);
+    T* at;
+    if (PV_UNLIKELY(!writable(f, linear, at))) return run_slowly(u, f, linear, true);
     *at = Immediate ? immediate<T>(u) : gpr_at<T>(f, u->src);
     PV_NEXT;
 }
@@ -38,8 +38,8 @@ const Uop* extend(const Uop* u, VcpuFrame* f) {
 template <class To, class From, AddressKind K>
 const Uop* extend_load(const Uop* u, VcpuFrame* f) {
     u64 linear = address_of<K>(u, f);
-    const From* at = readable<From>(f, linear);
-    if (PV_UNLIKELY(at == nullptr)) return run_slowly(u, f, linear, false);
+    const From* at;
+    if (PV_UNLIKELY(!readable(f, linear, at))) return run_slowly(u, f, linear, false);
     set_gpr<std::make_unsigned_t<To>>(f, u->dst, static_cast<To>(*at));
     PV_NEXT;
 }
@@ -53,8 +53,8 @@ const Uop* lea(const Uop* u, VcpuFrame* f) {
 template <bool Immediate>
 const Uop* push_register(const Uop* u, VcpuFrame* f) {
     u64 linear = f->gpr[kRsp] - 8;
-    u64* at = writable<u64>(f, linear);
-    if (PV_UNLIKELY(at == nullptr)) return run_slowly(u, f, linear, true);
+    u64* at;
+    if (PV_UNLIKELY(!writable(f, linear, at))) return run_slowly(u, f, linear, true);
     *at = Immediate ? immediate<u64>(u) : gpr_at<u64>(f, u->src);
     f->gpr[kRsp] = linear;
     PV_NEXT;
@@ -62,8 +62,8 @@ const Uop* push_register(const Uop* u, VcpuFrame* f) {
 
 const Uop* pop_register(const Uop* u, VcpuFrame* f) {
     u64 linear = f->gpr[kRsp];
-    const u64* at = readable<u64>(f, linear);
-    if (PV_UNLIKELY(at == nullptr)) return run_slowly(u, f, linear, false);
+    const u64* at;
+    if (PV_UNLIKELY(!readable(f, linear, at))) return run_slowly(u, f, linear, false);
     u64 value = *at;
     f->gpr[kRsp] = linear + 8;
     gpr_at<u64>(f, u->dst) = value;

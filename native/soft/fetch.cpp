@@ -82,7 +82,8 @@ Block* SoftVcpu::find_block(u32 mode) {
 }
 
 Block* SoftVcpu::make_block(u64 gpa, u64 linear, u32 mode) {
-    BlockBuilder builder(blocks, env.cpuid.features, mode, frame.rip, limit_of(frame));
+    BlockBuilder builder(blocks, env.cpuid.features, mode, frame.rip, limit_of(frame),
+                         !generic_only_);
     Block block;
     block.linear = linear;
     block.gpa = gpa;

@@ -110,7 +110,7 @@ void BlockBuilder::emit(const Item& item, u8 number, std::vector<Uop>& uops) {
         return;
     }
     const OpInfo& row = op_info(insn.op);
-    if (emit_fast(insn, row, context, uops)) return;
+    if (fast_ && emit_fast(insn, row, context, uops)) return;
     OpInsn* stored = cache_.new_insn();
     stored->insn = insn;
     stored->operation = operation_of(insn.op);
@@ -147,7 +147,7 @@ void BlockBuilder::finish(Block& block, std::vector<Uop>& uops) {
     uops.clear();
     for (std::size_t n = 0; n < insns_.size(); ++n) {
         const Item& item = insns_[n];
-        if (n + 1 < insns_.size() && item.vector == kNoVector &&
+        if (fast_ && n + 1 < insns_.size() && item.vector == kNoVector &&
             insns_[n + 1].vector == kNoVector) {
             TranslateContext context{mode_, ip_ + item.offset, ip_, static_cast<u8>(n), true};
             if (emit_fused(item.insn, insns_[n + 1].insn, context, uops)) {

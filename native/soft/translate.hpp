@@ -26,8 +26,10 @@ bool emit_fused(const Insn& first, const Insn& second, const TranslateContext& c
 /// Collects instructions of one block and turns them into uops.
 class BlockBuilder {
   public:
-    BlockBuilder(BlockCache& cache, const FeatureSet& features, u32 mode, u64 ip, u32 cs_limit)
-        : cache_(cache), features_(features), mode_(mode), ip_(ip), cs_limit_(cs_limit) {}
+    /// `fast` false: only generic operations (the reference that tests compare with).
+    BlockBuilder(BlockCache& cache, const FeatureSet& features, u32 mode, u64 ip, u32 cs_limit,
+                 bool fast)
+        : cache_(cache), features_(features), mode_(mode), ip_(ip), cs_limit_(cs_limit), fast_(fast) {}
 
     enum class Step {
         kMore,       ///< taken
@@ -59,6 +61,7 @@ class BlockBuilder {
     u32 mode_;
     u64 ip_;
     u32 cs_limit_;
+    bool fast_;
     u32 size_ = 0;
     std::vector<Item> insns_;
 };

@@ -46,6 +46,8 @@ class SoftVcpu final : public Vcpu {
     /// GPA of the code at `linear`; false: fault pending.
     bool fetch_address(u64 linear, u64& gpa);
     void clear_fetch_tlb();
+    /// Runs everything through the generic operations: the reference that tests compare with.
+    void set_generic_only() { generic_only_ = true; }
 
     struct Statistics {
         u64 tlb_fills = 0, tlb_flushes = 0, dispatches = 0, faults = 0, interrupts = 0, mmio = 0,
@@ -79,6 +81,7 @@ class SoftVcpu final : public Vcpu {
     u64 ns_per_1000_;
     bool interrupt_waiting_ = false;  ///< pending() was true, but IF or a shadow held it back
     bool halt_reported_ = false;
+    bool generic_only_ = false;
     std::atomic<u8> sipi_vector_{0};
     std::mutex halt_mutex_;  // a leaf
     std::condition_variable halt_wake_;

@@ -112,6 +112,7 @@ def exec(  # noqa: A001
     on_stdout: Sink | None = None,
     on_stderr: Sink | None = None,
     on_start: Callable[[Machine, Channel], object] | None = None,
+    on_idle: Callable[[], object] | None = None,
     progress: packages.Progress | None = None,
     check: bool = False,
 ) -> Completed:
@@ -122,7 +123,8 @@ def exec(  # noqa: A001
     `env` is added to a usual environment (None removes a variable), `files` to the guest's root.
     `tty` (rows, columns) runs the command on a terminal of that size. `kernel` is a name ("cloud",
     "generic", "686") or a file; `append` is added to its command line. `on_start` gets the machine,
-    just started, and the channel (to send signals). `progress` is told about downloads.
+    just started, and the channel (to send signals). `on_idle` is called at least every 0.1 s or so,
+    with the channel free to use. `progress` is told what takes long, and "" when the command runs.
 
     Raises `CommandNotRun` when the guest has no such program, `GuestPanic` or `GuestError` when the
     guest does not survive, `MachineTimeout` after `timeout` seconds, with ``check``
@@ -140,21 +142,25 @@ def exec(  # noqa: A001
     initramfs.encode(command)  # complains before anything is downloaded or allocated
     from polyvisor.machine import Machine
 
+    report = progress or (lambda text: None)
     with Machine(memory=memory, cpus=cpus, engine=engine, serial_ports=2, name="exec") as machine:
         image, architecture = _kernel(kernel, progress)
+        report("building the initramfs")
         initrd = initramfs.build(command, architecture=architecture, files=files)
         _load(machine, image, initrd, f"{DEFAULT_CMDLINE} {append}".strip())
         del initrd
         run = _Run(machine, tuple(command.arguments), on_stdout, on_stderr)
+        run.on_ready = lambda: report("")
         if tty is not None:
             run.channel.resize(*tty)
         run.port.flow_control()
+        report("booting the guest")
         machine.start()
         if on_start is not None:
             on_start(machine, run.channel)
         feeder = Feeder(run.channel, stdin)
         try:
-            outcome = run.wait(started, timeout, feeder)
+            outcome = run.wait(started, timeout, feeder, on_idle)
         finally:
             feeder.stop()
         completed = Completed(
@@ -197,9 +203,16 @@ class _Run:
             "stdout": on_stdout or self.stdout.extend,
             "stderr": on_stderr or self.stderr.extend,
         }
+        self.on_ready: Callable[[], object] = lambda: None
         self._panic_seen = 0
 
-    def wait(self, started: float, timeout: float | None, feeder: Feeder) -> Ended:
+    def wait(
+        self,
+        started: float,
+        timeout: float | None,
+        feeder: Feeder,
+        on_idle: Callable[[], object] | None,
+    ) -> Ended:
         """Serves the command until it ended; raises when that will not happen."""
         deadline = None if timeout is None else started + timeout
         while True:
@@ -214,6 +227,7 @@ class _Run:
                         self._sinks[event.stream](event.data)
                     elif isinstance(event, Ready):
                         self.ready_at, self.ready_cpu = time.monotonic(), time.process_time()
+                        self.on_ready()
                     elif isinstance(event, Ended):
                         return event
                     elif isinstance(event, NotRun):
@@ -222,6 +236,9 @@ class _Run:
                 self._ended_early()
             else:
                 self._look_for_panic()
+            if on_idle is not None:
+                with feeder.lock:
+                    on_idle()
             if deadline is not None and time.monotonic() >= deadline:
                 assert timeout is not None
                 what = "end" if self.ready_at else "get as far as init"

@@ -122,7 +122,7 @@ def base_archive(busybox: Path, init: Path) -> bytes:
         key.update(hashlib.sha256(data).digest())
 
     def make(directory: Path) -> None:
-        if not _is_static(busybox):
+        if not is_static(busybox):
             raise ImageError(
                 f"{busybox} needs shared libraries that the guest does not have, {_BUSYBOX_ADVICE}",
                 path=str(busybox),
@@ -184,7 +184,7 @@ def _keep_busybox(unpacked: Path, directory: Path) -> None:
     raise ImageError("the package busybox-static has no busybox", reason="corrupt")
 
 
-def _is_static(path: Path) -> bool:
+def is_static(path: Path) -> bool:
     """No PT_INTERP: nothing else is needed to run it."""
     from elftools.common.exceptions import ELFError
     from elftools.elf.elffile import ELFFile

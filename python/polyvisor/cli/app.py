@@ -1,0 +1,208 @@
+"""The commands and their options; what they do is in modules of their own."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from polyvisor.cli import status
+from polyvisor.errors import ConfigError
+
+_EXEC_EPILOG = """
+Examples:
+
+  polyvisor exec -- uname -a
+
+  echo hello | polyvisor exec -- tr a-z A-Z
+
+  polyvisor exec --cpus 2 --memory 1G -- sh -c 'nproc; free -m'
+
+  polyvisor exec --tty -- sh
+
+Exit status: the command's own; 124 after --timeout, 125 when polyvisor or the guest failed, 126
+when the guest cannot execute the command, 127 when it has no such command, 130 after Ctrl-C.
+"""
+_RUN_EPILOG = """
+Examples:
+
+  polyvisor run --kernel vmlinuz --initrd initrd.img --append 'console=ttyS0'
+
+  polyvisor run --kernel vmlinux --serial console.log --timeout 60
+
+Ctrl-] then q quits, Ctrl-] twice sends one. Exit status: 0 when the guest powered off or rebooted,
+its own when it used the debug-exit port, 1 when it crashed, 124 after --timeout, 125 when polyvisor
+failed.
+"""
+
+app = typer.Typer(
+    name="polyvisor",
+    help="Virtual machines as a library: run a command, or any kernel, in a fresh one.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_closed: set[int] = set()
+
+
+class Engine(StrEnum):
+    """--engine's choices."""
+
+    auto = "auto"
+    soft = "soft"
+    kvm = "kvm"
+
+
+EngineOption = Annotated[Engine, typer.Option(help="What runs the CPUs; auto takes the best here.")]
+MemoryOption = Annotated[
+    str, typer.Option(help="RAM, with a unit of K, M, G or T.", metavar="SIZE")
+]
+CpusOption = Annotated[int, typer.Option(help="Virtual CPUs.", metavar="N")]
+TimeoutOption = Annotated[
+    float | None,
+    typer.Option(help="Stop the machine after so many seconds.", metavar="SECONDS"),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+
+def run(arguments: list[str], closed: set[int]) -> int:
+    """Parses and runs; `closed` are standard files that were not open. Returns the exit status."""
+    _closed.clear()
+    _closed.update(closed)
+    command = typer.main.get_command(app)
+    try:
+        result = command.main(arguments, prog_name="polyvisor", standalone_mode=False)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        # A usage error. Its class is click's, which newer versions of typer have inside.
+        if not hasattr(error, "show") or not hasattr(error, "exit_code"):
+            raise
+        error.show()
+        return int(error.exit_code)
+    return result if isinstance(result, int) else status.OK
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from polyvisor import __version__
+
+        print(f"polyvisor {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    "exec",
+    epilog=_EXEC_EPILOG,
+    context_settings={"allow_interspersed_args": False},
+)
+def exec_command(
+    command: Annotated[list[str], typer.Argument(help="The program and its arguments.")],
+    engine: EngineOption = Engine.auto,
+    memory: MemoryOption = "512M",
+    cpus: CpusOption = 1,
+    timeout: TimeoutOption = None,
+    kernel: Annotated[
+        str, typer.Option(help="A kernel file, or one of cloud, generic, 686.", metavar="KERNEL")
+    ] = "cloud",
+    append: Annotated[
+        str, typer.Option(help="More for the kernel's command line.", metavar="CMDLINE")
+    ] = "",
+    env: Annotated[
+        list[str] | None,
+        typer.Option("--env", "-e", help="An environment variable.", metavar="NAME=VALUE"),
+    ] = None,
+    workdir: Annotated[
+        str, typer.Option(help="The command's directory in the guest.", metavar="DIR")
+    ] = "/root",
+    tty: Annotated[bool, typer.Option("--tty", "-t", help="Give the command a terminal.")] = False,
+    json: JsonOption = False,
+) -> int:
+    """Run COMMAND as root in a fresh virtual machine, and exit with its status.
+
+    Boots the distribution's kernel for virtual machines with a busybox user space. Stdin, stdout
+    and stderr are the command's.
+    """
+    from polyvisor.cli.exec_command import execute
+
+    if 1 in _closed:
+        raise ConfigError(
+            "standard output is closed, so the command's would be lost; redirect it "
+            "to /dev/null if that is meant",
+            field="stdout",
+        )
+    return execute(
+        command,
+        engine=engine.value,
+        memory=memory,
+        cpus=cpus,
+        timeout=timeout,
+        kernel=kernel,
+        append=append,
+        environment=env or [],
+        directory=workdir,
+        terminal=tty,
+        as_json=json,
+        stdin_closed=0 in _closed,
+    )
+
+
+@app.command("run", epilog=_RUN_EPILOG)
+def run_command(
+    kernel: Annotated[Path, typer.Option(help="A bzImage, or an ELF kernel.", metavar="FILE")],
+    initrd: Annotated[
+        Path | None, typer.Option(help="Its initial RAM disk.", metavar="FILE")
+    ] = None,
+    append: Annotated[
+        str, typer.Option(help="The kernel's command line.", metavar="CMDLINE")
+    ] = "console=ttyS0",
+    memory: MemoryOption = "512M",
+    cpus: CpusOption = 1,
+    engine: EngineOption = Engine.auto,
+    serial: Annotated[
+        str,
+        typer.Option(
+            help="Where the first serial port goes: stdio, pty, or a file.",
+            metavar="stdio|pty|FILE",
+        ),
+    ] = "stdio",
+    timeout: TimeoutOption = None,
+) -> int:
+    """Boot a kernel; its first serial port is this terminal.
+
+    Ends when the guest powers off or reboots.
+    """
+    from polyvisor.cli.run_command import boot
+
+    return boot(
+        kernel=kernel,
+        initrd=initrd,
+        append=append,
+        memory=memory,
+        cpus=cpus,
+        engine=engine.value,
+        serial=serial,
+        timeout=timeout,
+        closed=frozenset(_closed),
+    )
+
+
+@app.command("doctor")
+def doctor_command(json: JsonOption = False) -> int:
+    """Show what works on this host, how fast it really is, and what to do about the rest."""
+    from polyvisor.cli.doctor_command import examine
+
+    return examine(as_json=json)

@@ -1,0 +1,104 @@
+"""Exit statuses, and how an exception becomes one clear sentence on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+from polyvisor import errors
+
+OK = 0
+#: `run`: the guest crashed or panicked.
+GUEST_FAILED = 1
+#: A command line that makes no sense.
+USAGE = 2
+TIMEOUT = 124
+#: polyvisor could not do what was asked: a missing file, no memory, a guest that died, ...
+FAILED = 125
+NOT_EXECUTABLE = 126
+NOT_FOUND = 127
+INTERRUPTED = 128 + signal.SIGINT
+BROKEN_PIPE = 128 + signal.SIGPIPE
+
+#: Lines of the guest's console that are shown with an error.
+TAIL_LINES = 20
+
+
+class Terminated(BaseException):
+    """A signal that ends programs arrived; raised in the main thread so that all is tidied up."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind like Ctrl-C does, instead of ending the process on the spot."""
+
+    def raise_it(number: int, frame: FrameType | None) -> None:
+        raise Terminated(number)
+
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # nohup's choice stays.
+        if signal.getsignal(number) is signal.SIG_DFL:
+            before[number] = signal.signal(number, raise_it)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def say(sentence: str) -> None:
+    """One line on stderr, if anybody is there to read it."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"polyvisor: {sentence}", file=sys.stderr, flush=True)
+
+
+def show_tail(text: str) -> None:
+    """The end of the guest's console on stderr."""
+    lines = [line.rstrip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
+    with contextlib.suppress(OSError, ValueError):
+        for line in lines[-TAIL_LINES:]:
+            print(f"  | {line}", file=sys.stderr)
+        sys.stderr.flush()
+
+
+def report(error: BaseException) -> int:
+    """Says what happened and returns the exit status. Programming errors are raised again."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else FAILED if error.code else OK
+    if isinstance(error, KeyboardInterrupt):
+        say("interrupted; the machine was stopped")
+        return INTERRUPTED
+    if isinstance(error, Terminated):
+        say(f"ended by {signal.Signals(error.number).name}; the machine was stopped")
+        return 128 + error.number
+    if isinstance(error, BrokenPipeError):
+        return BROKEN_PIPE  # as quiet as any program whose reader has gone
+    if isinstance(error, errors.MachineTimeout):
+        say(str(error))
+        return TIMEOUT
+    if isinstance(error, errors.Error):
+        say(str(error))
+        status = getattr(error, "status", FAILED)
+        tail = getattr(error, "tail", "")
+        if tail and status == FAILED:
+            show_tail(tail)
+        return status if isinstance(status, int) and status else FAILED
+    if isinstance(error, MemoryError):
+        say("this host has not enough memory for that machine; give it less with --memory")
+        return FAILED
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f"{error.filename}: " if error.filename else ""
+        hint = "; make room there" if error.errno == errno.ENOSPC else ""
+        say(f"{where}{os.strerror(error.errno)}{hint}")
+        return FAILED
+    raise error

@@ -37,6 +37,7 @@ class OutputBatch {
     CharSink* sink() const { return sink_; }
 
   private:
+    void idle();
     void flush_locked();
 
     CharSink* sink_;

@@ -24,16 +24,16 @@ class Serial final : public Device {
     struct State {
         u16 divisor = 1;
         u8 ier = 0;
-        u8 fcr = 0;  ///< enable and trigger bits as written
+        u8 fcr = 0;  ///< enable and trigger bits
         u8 lcr = 0;
         u8 mcr = 0;
         u8 lsr_errors = 0;   ///< OE, PE, FE, BI not yet read
         u8 msr_delta = 0;    ///< low nibble of MSR
         u8 modem_lines = 0;  ///< high nibble of MSR as the outside drives it
         u8 scratch = 0;
-        u8 thr_pending = 0;  ///< 1: a THRE interrupt was raised and not yet read from IIR
-        u8 timeout = 0;      ///< 1: receive data waits below the trigger level
-        u8 tx_count = 0;     ///< bytes held back because the sink is not ready
+        u8 thr_interrupt = 0;  ///< 1: THR became empty, and neither IIR was read nor THR written
+        u8 timeout = 0;        ///< 1: receive data waits below the trigger level
+        u8 tx_count = 0;       ///< bytes held back because the sink is not ready
         u8 rx_count = 0;
         u8 tx[kFifoSize] = {};
         u8 rx[kFifoSize] = {};
@@ -63,27 +63,35 @@ class Serial final : public Device {
     void flush() { batch_.flush(); }
 
   private:
-    u8 read_register(unsigned offset, std::function<void()>& after);
+    u8 read_register(unsigned offset);
     void write_register(unsigned offset, u8 value);
+    void write_fcr(u8 value);
+    void write_mcr(u8 value);
     void transmit(u8 value);
-    void drain();  // what waited for the sink
+    void sink_ready();
+    void rx_idle();
     void push_rx(u8 value);
     u8 pop_rx();
-    unsigned rx_capacity() const;
+    bool fifo() const { return state_.fcr & 1; }
+    bool loopback() const { return state_.mcr & 0x10; }
+    unsigned capacity() const { return fifo() ? kFifoSize : 1; }
     unsigned trigger() const;
     u8 lsr() const;
-    u8 msr() const;
-    void set_modem(u8 lines);
+    u8 msr_lines() const;
+    void modem_changed(u8 before);
     u8 interrupt_id() const;
     void update_irq();
 
+    Clock& clock_;
     IrqLine& irq_;
     mutable std::mutex mutex_;  // before IrqRouter's and OutputBatch's
     State state_;
     bool irq_level_ = false;
     bool refused_ = false;  // receive() took less than offered
+    bool idle_armed_ = false;
     std::function<void()> room_;
     OutputBatch batch_;
+    Timer idle_timer_;  // re-raises the receive timeout while data is left unread
 };
 
 }  // namespace polyvisor::devices

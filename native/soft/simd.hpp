@@ -126,6 +126,14 @@ void set_guest_mxcsr(VcpuFrame& f, u32 value);
         PV_WITH_SOURCE(16, asm("movups %[s], %%xmm1\n\t" op " %%xmm1, %%xmm0\n\tmovaps %%xmm0, %[d]"\
             : PV_OUT16 : PV_S(16) : PV_CLOBBER));                                      \
     }
+// Legacy with XMM0 as a third, implicit operand; it is XMM0 of the host as well.
+#define PV_SSE_XMM0(id, op)                                                            \
+    PV_ROW(id) {                                                                       \
+        PV_WITH_SOURCE(16, asm("movaps %[m], %%xmm0\n\tmovups %[s], %%xmm1\n\t"        \
+            "movaps %[d], %%xmm2\n\t" op                                               \
+            " %%xmm0, %%xmm1, %%xmm2\n\tmovaps %%xmm2, %[d]"                           \
+            : PV_D16 : PV_S(16), [m] "m"(as<16>(f.ymm[0])) : PV_CLOBBER));             \
+    }
 // Legacy, source narrower than 16 bytes, which needs no alignment.
 #define PV_SSE_N(id, n, op)                                                            \
     PV_ROW(id) {                                                                       \

@@ -65,6 +65,18 @@ void Bus::detach(u64 start) {
     publish();
 }
 
+void Bus::release_detached() {
+    std::vector<std::shared_ptr<Device>> gone;  // destroyed last, without the mutex
+    std::lock_guard lock(mutex_);
+    auto attached = [&](const std::shared_ptr<Device>& device) {
+        return std::any_of(ranges_.begin(), ranges_.end(),
+                           [&](const Range& range) { return range.device == device; });
+    };
+    auto middle = std::partition(kept_.begin(), kept_.end(), attached);
+    gone.assign(std::make_move_iterator(middle), std::make_move_iterator(kept_.end()));
+    kept_.erase(middle, kept_.end());
+}
+
 // The writer's half of the sequence lock. Each store is a release so that a reader who sees it also
 // sees the odd count stored before it.
 void Bus::publish() {

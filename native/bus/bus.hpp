@@ -33,6 +33,9 @@ class Bus {
     void attach(u64 start, u64 size, std::shared_ptr<Device> device, u64 base = 0);
     /// Releases the range that starts at `start`; throws MemoryRangeError when there is none.
     void detach(u64 start);
+    /// Drops the references to devices that are no longer attached. Only while no other thread uses
+    /// the bus: for an owner that takes its devices away before the bus ends.
+    void release_detached();
 
     /// Serve an access. False: unclaimed (read() has filled data with ones).
     bool read(u64 address, std::span<u8> data);

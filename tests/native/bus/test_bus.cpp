@@ -85,6 +85,24 @@ void bad_ranges() {
     CHECK_EQ(bus.ranges().size(), 4u);
 }
 
+void detached_devices_live_until_released() {
+    Bus bus("port", 0x10000);
+    std::weak_ptr<Probe> weak;
+    {
+        auto probe = std::make_shared<Probe>(1);
+        weak = probe;
+        bus.attach(0, 1, probe);
+        bus.attach(8, 1, std::move(probe));
+    }
+    bus.detach(0);
+    bus.release_detached();
+    CHECK(!weak.expired());  // still at 8
+    bus.detach(8);
+    CHECK(!weak.expired());  // a vCPU might be inside it
+    bus.release_detached();
+    CHECK(weak.expired());
+}
+
 void many_ranges() {
     Bus bus("memory", bit(52));
     std::vector<std::shared_ptr<Probe>> devices;
@@ -140,6 +158,7 @@ void lookups_while_ranges_move() {
 int main() {
     ranges_and_offsets();
     bad_ranges();
+    detached_devices_live_until_released();
     many_ranges();
     lookups_while_ranges_move();
     return pvtest::finish("test_bus");

@@ -6,13 +6,13 @@
 #include <elf.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <map>
 #include <vector>
 
 #include "check.hpp"
+#include "random.hpp"
 #include "zydis_compare.hpp"
 
 namespace {
@@ -20,26 +20,8 @@ namespace {
 using namespace polyvisor;
 using namespace polyvisor::soft;
 
-u64 environment_number(const char* name, u64 otherwise) {
-    const char* text = std::getenv(name);
-    return text ? std::strtoull(text, nullptr, 0) : otherwise;
-}
-
-class Random {
-  public:
-    explicit Random(u64 seed) : state_(seed * 0x9e3779b97f4a7c15 + 1) {}
-    u64 next() {
-        state_ ^= state_ << 13;
-        state_ ^= state_ >> 7;
-        state_ ^= state_ << 17;
-        return state_ * 0x2545f4914f6cdd1d;
-    }
-    u32 below(u32 limit) { return static_cast<u32>((next() >> 32) * limit >> 32); }
-    bool one_in(u32 n) { return below(n) == 0; }
-
-  private:
-    u64 state_;
-};
+using pvtest::environment_number;
+using pvtest::Random;
 
 /// Bytes that look like an instruction: some prefixes, an escape or VEX, then noise.
 void make_bytes(Random& random, CodeSize size, u8 (&bytes)[16]) {

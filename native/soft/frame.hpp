@@ -119,13 +119,16 @@ struct alignas(64) VcpuFrame {
     u16 oszapc = 0x0200;
     bool shadow = false;   ///< interrupt shadow: STI, MOV SS, POP SS
     bool shadow_ss = false;///< ... of the kind that also holds back #DB
-    u32 reserved = 0;
+    bool no_step_trap = false;  ///< the instruction took TF away itself (INT n, SYSCALL): no #DB after it
+    u8 reserved[3]{};
     u64 rflags_rest = 2;   ///< RFLAGS without OSZAPC
     Tlb* tlb_now = nullptr;///< &tlb[context of explicit data accesses now]
     Block* block = nullptr;        ///< being executed
     u64 host_rsp = 0;      ///< for translated code
     const Uop* uop = nullptr;      ///< inside a generic operation: its uop (for the exact RIP)
     JumpCache* jump_cache = nullptr;
+    u64 code_base = 0;     ///< CS.base and limit that blocks stamped with `epoch` were checked against
+    u32 code_limit = 0;
     u64 epoch = 1;         ///< blocks stamped with it are known to be mapped where they were made
     bool block_dead = false;       ///< the block being executed was overwritten: leave it after this insn
     bool link_slot_valid = false;  ///< the block was left by edge `link_slot`, which is not linked yet

@@ -276,6 +276,7 @@ void SoftVcpu::dispatch() {
 
 // Instruction breakpoints (SDM 3B, 17.3.1.1). False: #DB is pending instead.
 bool SoftVcpu::before_step() {
+    frame.no_step_trap = false;
     if (!(frame.dr7 & 0xff)) return true;
     if (frame.rflags_rest & kFlagRf) {
         frame.rflags_rest &= ~u64{kFlagRf};
@@ -296,6 +297,7 @@ bool SoftVcpu::before_step() {
 // Single step and data breakpoints: #DB as a trap, unless the instruction faulted or MOV SS holds it.
 void SoftVcpu::after_step(bool trap) {
     u64 hits = std::exchange(frame.debug_hits, 0);
+    if (std::exchange(frame.no_step_trap, false)) trap = false;
     if (frame.fault.pending != Pending::kNone || frame.shadow_ss) return;
     if (trap) hits |= bit(14);
     if (hits == 0) return;

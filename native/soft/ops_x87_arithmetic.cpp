@@ -166,14 +166,18 @@ bool st0_split(VcpuFrame& f, const Insn& i, u64 ea) {
 
 // --- ST(0) and ST(1) --------------------------------------------------------------------------------------
 
+bool is_nan(const Register& value) {
+    return (value.exponent & 0x7fff) == 0x7fff && value.significand << 1 != 0;
+}
+
 enum class Binary { kPrem, kPrem1, kScale };
 
 template <Binary K>
 bool st0_st1(VcpuFrame& f, const Insn& i, u64 ea) {
     note(f, i, ea);
-    constexpr unsigned codes = K == Binary::kScale ? unsigned{kC1} : unsigned{kCodes};
+    constexpr bool remainder = K != Binary::kScale;
     if (PV_UNLIKELY(empty(f, 0) || empty(f, 1))) {
-        f.x87.status &= static_cast<u16>(~(codes & (kC1 | kC2)));
+        if constexpr (remainder) f.x87.status &= static_cast<u16>(~kC2);
         if (stack_fault(f, false)) {
             st(f, 0) = kIndefinite;
             fill(f, 0);
@@ -190,6 +194,12 @@ bool st0_st1(VcpuFrame& f, const Insn& i, u64 ea) {
     PV_X87_BINARY(kPrem1, "fprem1");
     PV_X87_BINARY(kScale, "fscale");
 #undef PV_X87_BINARY
+    unsigned codes = kC1;
+    if constexpr (remainder) {
+        // Without a quotient (NaN, or not done) C0 and C3 keep what they were.
+        bool none = is_nan(st(f, 0)) || (unmasked(f, sw) & kBefore);
+        codes = none ? kC1 | kC2 : unsigned{kCodes};
+    }
     commit_status(f, sw, codes);
     return true;
 }

@@ -6,17 +6,17 @@
 namespace polyvisor::soft::x87 {
 namespace {
 
-/// Sets C0, C2, C3 and exceptions of a comparison and pops; not when an unmasked exception forbids.
+/// Sets C0, C2, C3 and exceptions of a comparison, and pops unless an unmasked exception forbids that.
 bool finish_compare(VcpuFrame& f, u16 sw, unsigned pops) {
-    bool blocked = unmasked(f, sw);
-    commit_status(f, sw, blocked ? kC1 : kCodes);
-    if (blocked) return true;
+    commit_status(f, sw, kCodes);
+    if (unmasked(f, sw)) return true;
     while (pops-- != 0) pop(f);
     return true;
 }
 bool compare_underflow(VcpuFrame& f, unsigned pops) {
-    if (!stack_fault(f, false)) return true;
+    bool masked = stack_fault(f, false);
     f.x87.status |= kC0 | kC2 | kC3;  // unordered
+    if (!masked) return true;
     while (pops-- != 0) pop(f);
     return true;
 }
@@ -66,9 +66,9 @@ bool compare_to_flags(VcpuFrame& f, const Insn& i, u64 ea) {
     note(f, i, ea);
     unsigned n = i.rm & 7;
     if (PV_UNLIKELY(empty(f, 0) || empty(f, n))) {
-        if (!stack_fault(f, false)) return true;
+        bool masked = stack_fault(f, false);
         f.oszapc = 0x200 | kStatusZ | kStatusP | kStatusC;
-        if constexpr (Pops != 0) pop(f);
+        if (Pops != 0 && masked) pop(f);
         return true;
     }
     u16 flags = f.oszapc;
@@ -84,10 +84,9 @@ bool compare_to_flags(VcpuFrame& f, const Insn& i, u64 ea) {
         PV_X87_COMI("fcomi");
     }
 #undef PV_X87_COMI
-    commit_status(f, sw, kC1);
-    if (unmasked(f, sw)) return true;
+    commit_status(f, sw, 0);  // C1 changes only when the stack underflows
     f.oszapc = flags;
-    if constexpr (Pops != 0) pop(f);
+    if (Pops != 0 && !unmasked(f, sw)) pop(f);
     return true;
 }
 
@@ -111,7 +110,7 @@ bool fxam(VcpuFrame& f, const Insn& i, u64 ea) {
     return true;
 }
 
-/// FCMOVcc: condition 0..3 is B, E, BE, U.
+/// FCMOVcc: condition 0..3 is B, E, BE, U. C1 changes only when the stack underflows.
 template <unsigned Condition, bool Negated>
 bool fcmov(VcpuFrame& f, const Insn& i, u64 ea) {
     note(f, i, ea);
@@ -124,7 +123,6 @@ bool fcmov(VcpuFrame& f, const Insn& i, u64 ea) {
         return true;
     }
     constexpr unsigned kMask[4] = {kStatusC, kStatusZ, kStatusC | kStatusZ, kStatusP};
-    f.x87.status &= static_cast<u16>(~kC1);
     if (((f.oszapc & kMask[Condition]) != 0) != Negated) st(f, 0) = st(f, n);
     return true;
 }

@@ -179,6 +179,7 @@ bool move_top(VcpuFrame& f, const Insn& i, u64 ea) {
 template <bool Pop>
 bool ffree(VcpuFrame& f, const Insn& i, u64 ea) {
     note(f, i, ea);
+    f.x87.status &= static_cast<u16>(~kC1);
     f.x87.tags &= static_cast<u8>(~(1 << physical(f, i.rm & 7)));
     if constexpr (Pop) pop(f);
     return true;

@@ -7,7 +7,8 @@ namespace {
 // --- Loads ----------------------------------------------------------------------------------------------
 // Conversions to the extended format are exact: no rounding, so the host's default control word does.
 
-/// Pushes what `convert(Register&) -> status word` gives, unless an unmasked exception forbids it.
+/// Pushes what `convert(Register&) -> status word` gives, unless #IA is unmasked. (#D is not reason
+/// enough: the value is pushed and the exception pending.)
 template <class Convert>
 inline bool push_converted(VcpuFrame& f, Convert&& convert) {
     if (PV_UNLIKELY(!empty(f, 7))) {
@@ -17,7 +18,7 @@ inline bool push_converted(VcpuFrame& f, Convert&& convert) {
     Register value;
     u16 sw = convert(value);
     commit_status(f, static_cast<u16>(sw & ~kC1), kC1);
-    if (!unmasked(f, sw)) push(f) = value;
+    if (!(unmasked(f, sw) & kInvalid)) push(f) = value;
     return true;
 }
 
@@ -178,6 +179,19 @@ bool store_sti(VcpuFrame& f, const Insn& i, u64 ea) {
     return true;
 }
 
+/// "Store and pop, no check for empty": an empty ST(0) is popped without being stored.
+bool store_sti_unchecked(VcpuFrame& f, const Insn& i, u64 ea) {
+    note(f, i, ea);
+    unsigned n = i.rm & 7;
+    if (!empty(f, 0)) {
+        st(f, n) = st(f, 0);
+        fill(f, n);
+    }
+    f.x87.status &= static_cast<u16>(~kC1);
+    pop(f);
+    return true;
+}
+
 bool fxch(VcpuFrame& f, const Insn& i, u64 ea) {
     note(f, i, ea);
     unsigned n = i.rm & 7;
@@ -227,7 +241,7 @@ const OpBinding kOps[] = {
     bind<Op::FSTP_STi_ST0, store_sti<true>>(),
     bind<Op::FSTP_STi_ST0_DF2, store_sti<true>>(),
     bind<Op::FSTP_STi_ST0_DF3, store_sti<true>>(),
-    bind<Op::FSTPNCE_STi_ST0, store_sti<true>>(),
+    bind<Op::FSTPNCE_STi_ST0, store_sti_unchecked>(),
     bind<Op::FXCH_ST0_STi, fxch>(),
     bind<Op::FXCH_ST0_STi_DD, fxch>(),
     bind<Op::FXCH_ST0_STi_DF, fxch>(),

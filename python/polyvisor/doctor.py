@@ -15,10 +15,10 @@ from typing import Any, Literal
 from polyvisor import kvm_probe
 from polyvisor.errors import Error
 
-#: "good": works. "poor": works, with a drawback. "missing": does not work; `advice` says what helps.
+#: "good": works. "poor": works, with a drawback. "missing": does not; `advice` says what helps.
 Verdict = Literal["good", "poor", "missing"]
 
-#: Below this, a "hardware" virtual machine runs ring 0 in software: million instructions per second.
+#: Million instructions per second, below which "hardware" virtualization runs ring 0 in software.
 HARDWARE_MIPS = 400.0
 #: CPU features that decide what guests can be given, and how fast the soft engine is.
 _FEATURES = (

@@ -1,8 +1,7 @@
 """What this host's /dev/kvm is worth: whether it opens, and how fast it really runs ring 0.
 
-There are hosts (containers, nested virtual machines) whose /dev/kvm is there and works, but executes
-every privileged or even every ring 0 instruction in software. So a loop is timed in a guest, and the
-same loop natively.
+There are hosts (containers, nested virtual machines) whose /dev/kvm works, but executes
+every instruction of ring 0 in software. So a loop is timed in a guest.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def integer(value: int) -> bytes:
 def path(text: str) -> bytes:
     r"""A name: "_CRS", or "\_SB" from the root."""
     root = text.startswith("\\")
-    segments = [part.ljust(4, "_") for part in text.lstrip("\\").split(".")]
+    segments = [part and part.ljust(4, "_") for part in text.lstrip("\\").split(".")]
     for part in segments:
         if len(part) != 4 or not part.isascii() or not part.replace("_", "A").isalnum():
             raise ValueError(f"{text!r} is no ACPI name")

@@ -188,7 +188,7 @@ def _check_place(kernel: Kernel, path: str, ranges: list[Range]) -> None:
             path=path,
             reason="unsupported",
         )
-    total = sum(piece.size for piece in ranges if piece.kind == layout.E820_RAM)
+    total = layout.installed(ranges)
     raise ImageError(
         f"{path} takes guest-physical memory up to {kernel.end:#x}, so at least "
         f"{show_size(-(-kernel.end // layout.MIB) * layout.MIB)}, but the machine has "

@@ -132,6 +132,12 @@ def ram(ranges: Iterable[Range], *, below: int = 4 * GIB) -> list[Range]:
     return found
 
 
+def installed(ranges: Iterable[Range]) -> int:
+    """How much memory that is to a person: all RAM, with what tables and ROMs cover of it."""
+    total = sum(piece.size for piece in ranges if piece.kind == E820_RAM)
+    return -(-total // MIB) * MIB
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Bytes to be stored at a guest-physical address; `what` is for people."""

@@ -184,7 +184,7 @@ def place_initrd(
             if at >= start:
                 best = max(best, at)
     if best < 0:
-        total = sum(piece.size for piece in ranges if piece.kind == layout.E820_RAM)
+        total = layout.installed(ranges)
         raise ImageError(
             f"the initrd of {show_size(size)} does not fit beside the kernel into a memory of "
             f"{show_size(total)}; give the machine more memory or a smaller initrd",
@@ -238,7 +238,7 @@ def _place_kernel(header: SetupHeader, path: str, ranges: list[Range]) -> int:
                 return at
     floor = layout.HIGH_START if header.relocatable else wanted
     needed = -(-(floor + header.init_size) // layout.MIB) * layout.MIB
-    total = sum(piece.size for piece in ranges if piece.kind == layout.E820_RAM)
+    total = layout.installed(ranges)
     raise ImageError(
         f"{path} needs at least {show_size(needed)} of memory to start, and more to run, but the "
         f"machine has {show_size(total)}; give it more",

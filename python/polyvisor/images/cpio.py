@@ -13,6 +13,7 @@ from polyvisor.errors import ConfigError
 #: The largest file: sizes are 32-bit.
 MAX_FILE = 0xFFFF_FFFF
 _HEADER = 110
+_END = "TRAILER!!!"
 
 
 class Archive:
@@ -58,7 +59,7 @@ class Archive:
 
     def finish(self) -> bytes:
         """The archive. More may be concatenated to it: Linux unpacks one after the other."""
-        self._add("TRAILER!!!", 0)
+        self._add(_END, 0)
         return b"".join(self._parts)
 
     def _parents(self, name: str) -> None:
@@ -110,12 +111,13 @@ def read(archive: bytes) -> Iterator[Entry]:
         if start + size > len(archive):
             raise ValueError(f"cpio member {name!r} is cut off")
         at = (start + size + 3) // 4 * 4
-        if name != "TRAILER!!!":
+        if name != _END:
             yield Entry(name, mode, archive[start : start + size], rdev)
 
 
 def _clean(path: str) -> str:
     parts = [part for part in path.split("/") if part not in ("", ".")]
-    if not parts or ".." in parts or "\0" in path:
+    # (The format's own end mark cannot be a file's name.)
+    if not parts or ".." in parts or "\0" in path or parts == [_END]:
         raise ConfigError(f"{path!r} is no path for a file in the guest", field="files")
     return "/".join(parts)

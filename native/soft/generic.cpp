@@ -1,6 +1,7 @@
 #include "soft/generic.hpp"
 
 #include "soft/leave.hpp"
+#include "soft/simd_exceptions.hpp"
 
 namespace polyvisor::soft {
 
@@ -32,6 +33,15 @@ const Uop* run_plain(const Uop* u, VcpuFrame* f) { PV_RUN_OPERATION(0); }
 const Uop* run_mem64(const Uop* u, VcpuFrame* f) { PV_RUN_OPERATION(address64(*f, o.insn)); }
 const Uop* run_mem_any(const Uop* u, VcpuFrame* f) {
     PV_RUN_OPERATION(effective_address(*f, o.insn));
+}
+
+const Uop* run_simd_checked(const Uop* u, VcpuFrame* f) {
+    const OpInsn& o = op_insn(u);
+    f->uop = u;
+    u64 address = o.insn.has_mem ? effective_address(*f, o.insn) : 0;
+    if (PV_UNLIKELY(!run_checked_simd(*f, o.insn, address, o.operation))) return leave_fault(u, f);
+    if (PV_UNLIKELY(f->block_dead)) return leave_after(u, f);
+    PV_NEXT;
 }
 
 const Uop* run_ending(const Uop* u, VcpuFrame* f) {

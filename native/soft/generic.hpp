@@ -9,6 +9,8 @@ namespace polyvisor::soft {
 const Uop* run_plain(const Uop* u, VcpuFrame* f);     ///< none
 const Uop* run_mem64(const Uop* u, VcpuFrame* f);     ///< 64-bit address arithmetic
 const Uop* run_mem_any(const Uop* u, VcpuFrame* f);   ///< any address size
+/// Rows with kFpExcept while the guest's MXCSR unmasks something: any memory operand, or none.
+const Uop* run_simd_checked(const Uop* u, VcpuFrame* f);
 // The same for rows with kEndsBlock: RIP is set first, and the block is left.
 const Uop* run_ending(const Uop* u, VcpuFrame* f);
 

@@ -3,13 +3,14 @@
 // The host's MMX registers are not touched. An operation on 64 bits is the SSE instruction of the
 // same name on XMM registers whose upper halves are clear; the few that mix elements of both operands
 // (packs, high unpacks, horizontal sums) put the two operands into one XMM register first.
+#include "soft/environment.hpp"
 #include "soft/simd_masked.hpp"
 
 namespace polyvisor::soft {
 
 namespace {
 
-// Every MMX instruction but EMMS: TOP = 0 and all registers valid (SDM 1, 9.5.1).
+// Every MMX instruction: TOP = 0 and, but for EMMS, all registers valid (SDM 3A, table 13-1).
 inline void enter_mmx(VcpuFrame& f) {
     f.x87.status &= static_cast<u16>(~0x3800);
     f.x87.tags = 0xff;
@@ -270,10 +271,12 @@ PV_ROW(PMOVMSKB_Gd_Nq) {
 
 // --- Conversions --------------------------------------------------------------------------------
 
+// From memory no MMX register takes part. For CVTPI2PD that leaves the x87 state alone everywhere, for
+// CVTPI2PS on AMD's CPUs only (SDM 2, CVTPI2PS; APM 5).
 PV_ROW(CVTPI2PS_Vps_Qq) {
     u64 value;
     if (!mm_source(f, i, ea, value)) return false;
-    enter_mmx(f);
+    if (!i.has_mem || environment(f).cpuid.intel) enter_mmx(f);
     asm("movq %[s], %%xmm1\n\tcvtdq2ps %%xmm1, %%xmm0\n\tmovlps %%xmm0, %[d]"
         : [d] "=m"(as<8>(f.ymm[i.reg])) : [s] "m"(value) : PV_CLOBBER);
     return true;
@@ -293,7 +296,6 @@ PV_ROW(CVTPI2PD_Vpd_Nq) {
     enter_mmx(f);
     return true;
 }
-// From memory no MMX register takes part, and nothing of the x87 state changes.
 PV_ROW(CVTPI2PD_Vpd_Mq) {
     u64 value;
     if (!load(f, i, ea, value)) return false;
@@ -317,6 +319,7 @@ PV_TO_INTEGERS(CVTPD2PI_Pq_Wdq, 16, "movups", "cvtpd2dq")
 PV_TO_INTEGERS(CVTTPD2PI_Pq_Wdq, 16, "movups", "cvttpd2dq")
 
 PV_ROW(EMMS) {
+    enter_mmx(f);
     f.x87.tags = 0;
     return true;
 }

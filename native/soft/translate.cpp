@@ -58,7 +58,8 @@ void BlockBuilder::check(Item& item) const {
     } else if (row.attrs & kFpu) {
         if (mode_ & kModeFpuTrap) item.vector = kNm;
     } else if (row.attrs & kMmx) {
-        if (mode_ & kModeEm) item.vector = kUd;
+        bool sse_off = (row.attrs & kSse) && (mode_ & kModeSseUd);  // MOVQ2DQ, CVTPI2PS, ...
+        if ((mode_ & kModeEm) || sse_off) item.vector = kUd;
         else if (mode_ & kModeTs) item.vector = kNm;
     } else if (row.attrs & kSse) {
         if (mode_ & kModeSseUd) item.vector = kUd;
@@ -134,6 +135,8 @@ void BlockBuilder::emit(const Item& item, u8 number, std::vector<Uop>& uops) {
     }
     if (row.attrs & kEndsBlock) {
         u.run = run_ending;
+    } else if ((row.attrs & kFpExcept) && (mode_ & kModeFpException)) {
+        u.run = run_simd_checked;
     } else if (!insn.has_mem) {
         u.run = run_plain;
     } else {

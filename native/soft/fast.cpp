@@ -172,7 +172,7 @@ class FastUop {
             case 0x69: case 0x6b:
                 u_.imm = static_cast<u32>(i_.imm);
                 operands(i_.opsize, i_.reg, i_.rm);
-                if (!i_.has_mem) u_.run = imul_handler(i_.opsize, true);
+                if (!i_.has_mem) u_.run = imul_handler(i_.opsize, true, context_.flags_live);
                 break;
             case 0x80: case 0x81: case 0x82: case 0x83:
                 alu_immediate(static_cast<AluOp>(ext), !(op & 1));
@@ -280,7 +280,7 @@ class FastUop {
             if (ext == 2 || ext == 3) {
                 u_.run = unary_handler(ext == 2 ? kNot : kNeg, size, context_.flags_live);
             } else if (ext == 4 || ext == 5) {
-                u_.run = mul_handler(size, ext == 5);
+                u_.run = mul_handler(size, ext == 5, context_.flags_live);
             }
         }
     }
@@ -313,8 +313,8 @@ class FastUop {
             u_.run = setcc_handler(op & 15);
         } else if (op == 0xaf) {
             operands(i_.opsize, i_.reg, i_.rm);
-            if (!i_.has_mem) u_.run = imul_handler(i_.opsize, false);
-            else if (memory_ok_) u_.run = imul_load_handler(i_.opsize, kind_);
+            if (!i_.has_mem) u_.run = imul_handler(i_.opsize, false, context_.flags_live);
+            else if (memory_ok_) u_.run = imul_load_handler(i_.opsize, kind_, context_.flags_live);
         } else if (op == 0xb6 || op == 0xb7 || op == 0xbe || op == 0xbf) {
             unsigned from = op & 1 ? 2 : 1;
             u_.dst = static_cast<u8>(i_.reg * 8);

@@ -154,9 +154,9 @@ Handler unary_handler(unsigned which, unsigned size, bool live);
 enum UnaryOp : u8 { kNot, kNeg, kInc, kDec };
 Handler unary_memory_handler(unsigned which, unsigned size, AddressKind kind);  // inc, dec
 Handler shift_handler(unsigned group, unsigned size, bool by_cl, bool live);
-Handler imul_handler(unsigned size, bool immediate);
-Handler imul_load_handler(unsigned size, AddressKind kind);
-Handler mul_handler(unsigned size, bool is_signed);
+Handler imul_handler(unsigned size, bool immediate, bool live);
+Handler imul_load_handler(unsigned size, AddressKind kind, bool live);
+Handler mul_handler(unsigned size, bool is_signed, bool live);
 Handler move_register_handler(unsigned size, bool immediate);
 Handler load_handler(unsigned size, AddressKind kind);
 Handler store_handler(unsigned size, AddressKind kind, bool immediate);

@@ -65,49 +65,61 @@ const Uop* shift(const Uop* u, VcpuFrame* f) {
     PV_NEXT;
 }
 
-template <class T>
-PV_INLINE T imul_with_flags(VcpuFrame* f, T a, T b) {
-    u32 flags;
-    asm("imul %[b], %[a]\n\tlahf\n\tseto %%al" : [a] "+&r"(a), "=&a"(flags) : [b] "r"(b) : "cc");
+// Multiplication: flags that the manuals leave undefined are what the host makes of the old ones.
+template <class T, bool Live>
+PV_INLINE T multiply(VcpuFrame* f, T a, T b) {
+    if constexpr (!Live) return static_cast<T>(a * b);
+    u32 flags = f->oszapc;
+    asm("sahf\n\timul %[b], %[a]\n\tlahf\n\tseto %%al" : [a] "+&r"(a), "+a"(flags) : [b] "r"(b) : "cc");
     f->oszapc = static_cast<u16>(flags);
     return a;
 }
 
-template <class T, bool Immediate>
+template <class T, bool Immediate, bool Live>
 const Uop* imul(const Uop* u, VcpuFrame* f) {
     T a = Immediate ? immediate<T>(u) : gpr_at<T>(f, u->dst);
-    set_gpr<T>(f, u->dst, imul_with_flags<T>(f, a, gpr_at<T>(f, u->src)));
+    set_gpr<T>(f, u->dst, multiply<T, Live>(f, a, gpr_at<T>(f, u->src)));
     PV_NEXT;
 }
 
-template <class T, AddressKind K>
+template <class T, AddressKind K, bool Live>
 const Uop* imul_load(const Uop* u, VcpuFrame* f) {
     u64 linear = address_of<K>(u, f);
     const T* at;
     if (PV_UNLIKELY(!readable(f, linear, at))) return run_slowly(u, f, linear, false);
-    set_gpr<T>(f, u->dst, imul_with_flags<T>(f, gpr_at<T>(f, u->dst), *at));
+    set_gpr<T>(f, u->dst, multiply<T, Live>(f, gpr_at<T>(f, u->dst), *at));
     PV_NEXT;
 }
 
-template <class T, bool Signed>
+template <class T, bool Signed, bool Live>
 const Uop* mul(const Uop* u, VcpuFrame* f) {
-    u64 a = gpr_at<T>(f, kRax * 8);  // becomes the flags
-    T low, high;
+    T a = gpr_at<T>(f, kRax * 8);
     T b = gpr_at<T>(f, u->src);
-    if constexpr (Signed) {
-        asm("imul %[b]\n\tmov %%rax, %q[low]\n\tlahf\n\tseto %%al"
-            : [low] "=&r"(low), "=&d"(high), "+a"(a)
-            : [b] "r"(b)
-            : "cc");
+    if constexpr (!Live) {
+        using Wide = std::conditional_t<sizeof(T) == 8, std::conditional_t<Signed, s128, u128>,
+                                        std::conditional_t<Signed, s64, u64>>;
+        using Narrow = std::conditional_t<Signed, std::make_signed_t<T>, T>;
+        Wide product = Wide{static_cast<Narrow>(a)} * static_cast<Narrow>(b);
+        set_gpr<T>(f, kRax * 8, static_cast<T>(product));
+        set_gpr<T>(f, kRdx * 8, static_cast<T>(product >> (sizeof(T) * 8)));
     } else {
-        asm("mul %[b]\n\tmov %%rax, %q[low]\n\tlahf\n\tseto %%al"
-            : [low] "=&r"(low), "=&d"(high), "+a"(a)
-            : [b] "r"(b)
-            : "cc");
+        u64 flags = f->oszapc;
+        T low, high;
+        if constexpr (Signed) {
+            asm("sahf\n\tmov %q[a], %%rax\n\timul %[b]\n\tmov %%rax, %q[low]\n\tlahf\n\tseto %%al"
+                : [low] "=&r"(low), "=&d"(high), "+a"(flags)
+                : [a] "r"(a), [b] "r"(b)
+                : "cc");
+        } else {
+            asm("sahf\n\tmov %q[a], %%rax\n\tmul %[b]\n\tmov %%rax, %q[low]\n\tlahf\n\tseto %%al"
+                : [low] "=&r"(low), "=&d"(high), "+a"(flags)
+                : [a] "r"(a), [b] "r"(b)
+                : "cc");
+        }
+        f->oszapc = static_cast<u16>(flags);
+        set_gpr<T>(f, kRax * 8, low);
+        set_gpr<T>(f, kRdx * 8, high);
     }
-    f->oszapc = static_cast<u16>(a);
-    set_gpr<T>(f, kRax * 8, low);
-    set_gpr<T>(f, kRdx * 8, high);
     PV_NEXT;
 }
 
@@ -207,23 +219,28 @@ Handler shift_handler(unsigned group, unsigned size, bool by_cl, bool live) {
     });
 }
 
-Handler imul_handler(unsigned size, bool immediate) {
-    if (size == 4) return immediate ? imul<u32, true> : imul<u32, false>;
-    if (size == 8) return immediate ? imul<u64, true> : imul<u64, false>;
-    return nullptr;
+Handler imul_handler(unsigned size, bool immediate, bool live) {
+    if (size < 4) return nullptr;
+    return with_size(size, [&]<class T>(T) -> Handler {
+        if (live) return immediate ? imul<T, true, true> : imul<T, false, true>;
+        return immediate ? imul<T, true, false> : imul<T, false, false>;
+    });
 }
 
-Handler imul_load_handler(unsigned size, AddressKind kind) {
-    if (size != 8) return nullptr;
-    return kind == kAddressBase    ? imul_load<u64, kAddressBase>
-           : kind == kAddressIndex ? imul_load<u64, kAddressIndex>
-                                   : nullptr;
+Handler imul_load_handler(unsigned size, AddressKind kind, bool live) {
+    if (size != 8 || kind > kAddressIndex) return nullptr;
+    if (kind == kAddressBase) {
+        return live ? imul_load<u64, kAddressBase, true> : imul_load<u64, kAddressBase, false>;
+    }
+    return live ? imul_load<u64, kAddressIndex, true> : imul_load<u64, kAddressIndex, false>;
 }
 
-Handler mul_handler(unsigned size, bool is_signed) {
-    if (size == 4) return is_signed ? mul<u32, true> : mul<u32, false>;
-    if (size == 8) return is_signed ? mul<u64, true> : mul<u64, false>;
-    return nullptr;
+Handler mul_handler(unsigned size, bool is_signed, bool live) {
+    auto choose = [&]<class T>(T) -> Handler {
+        if (live) return is_signed ? mul<T, true, true> : mul<T, false, true>;
+        return is_signed ? mul<T, true, false> : mul<T, false, false>;
+    };
+    return size == 8 ? choose(u64{}) : size == 4 ? choose(u32{}) : nullptr;
 }
 
 Handler exchange_handler(unsigned size) {

@@ -22,6 +22,21 @@ Uop start_uop(const Insn& insn, const TranslateContext& context) {
     return u;
 }
 
+/// Status flags that the instruction sets whatever they were: those that make earlier writes dead. The
+/// manuals leave flags undefined that CPUs in fact keep (MUL, BT, ...), so the rows say too much here.
+u8 flags_overwritten(const Insn& insn, const OpInfo& row) {
+    if (row.map != Map::One) return 0;
+    unsigned op = insn.opcode;
+    unsigned ext = insn.modrm >> 3 & 7;
+    bool arithmetic = (op < 0x40 && (op & 7) < 6) || (op >= 0x80 && op <= 0x85) || op == 0xa8 ||
+                      op == 0xa9;
+    bool group3 = (op == 0xf6 || op == 0xf7) && (ext <= 1 || ext == 3);
+    bool step = (op == 0xfe || op == 0xff) && ext <= 1;
+    unsigned count = op == 0xd1 ? 1 : insn.imm & (insn.opsize == 8 ? 63 : 31);
+    bool shift = (op == 0xc1 || op == 0xd1) && ext >= 4 && count != 0;
+    return arithmetic || group3 || step || shift ? row.flags_written : 0;
+}
+
 }  // namespace
 
 BlockBuilder::Step BlockBuilder::add(std::span<const u8> bytes) {
@@ -86,7 +101,7 @@ void BlockBuilder::mark_live_flags() {
         }
         const OpInfo& row = op_info(at->insn.op);
         at->live = (row.flags_written & live) != 0;
-        live &= static_cast<u8>(~row.flags_written);
+        live &= static_cast<u8>(~flags_overwritten(at->insn, row));
         live |= row.flags_read;
         // Register-to-register integer instructions cannot fault, but for divisions; everything else
         // is taken to.

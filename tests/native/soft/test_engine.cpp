@@ -280,7 +280,7 @@ void randomize(LongGuest& guest, u64 seed) {
     for (u64 n = 0; n < 256; n += 8) guest.memory.store<u64>(Gpa(LongGuest::kData + n), random());
 }
 
-void check_same(LongGuest& a, LongGuest& b, u64 seed, const char* what) {
+bool check_same(LongGuest& a, LongGuest& b, u64 seed, const char* what) {
     CpuState x = a.vcpu->save(), y = b.vcpu->save();
     bool same = x == y;
     for (u64 n = 0; n < 256; n += 8) {
@@ -302,6 +302,31 @@ void check_same(LongGuest& a, LongGuest& b, u64 seed, const char* what) {
         }
     }
     CHECK(same);
+    return same;
+}
+
+/// Tells after which instruction a program's fast and generic runs part.
+void show_first_difference(const std::string& program, u64 seed) {
+    u64 rip = LongGuest::kCode;
+    for (u64 count = 1; count < 2000; ++count) {
+        LongGuest fast(program), generic(program);
+        generic.soft().set_generic_only();
+        randomize(fast, seed);
+        randomize(generic, seed);
+        fast.run(count);
+        generic.run(count);
+        CpuState x = fast.vcpu->save(), y = generic.vcpu->save();
+        if (!(x == y)) {
+            std::fprintf(stderr, "  first after %llu instructions, bytes at %llx:",
+                         static_cast<unsigned long long>(count), static_cast<unsigned long long>(rip));
+            for (u64 n = 0; n < 8; ++n) std::fprintf(stderr, " %02x", fast.memory.load<u8>(Gpa(rip + n)));
+            std::fprintf(stderr, ", flags %llx / %llx\n", static_cast<unsigned long long>(x.rflags),
+                         static_cast<unsigned long long>(y.rflags));
+            check_same(fast, generic, seed, "first");
+            return;
+        }
+        rip = x.rip;
+    }
 }
 
 // Fast handlers, fusion and flag liveness against generic operations; whole blocks against single
@@ -320,7 +345,7 @@ void test_lockstep() {
         for (LongGuest* guest : {&fast, &generic, &stepped}) randomize(*guest, one);
         fast.run();
         generic.run();
-        check_same(fast, generic, one, "fast and generic");
+        if (!check_same(fast, generic, one, "fast and generic")) show_first_difference(program, one);
         for (int steps = 0; steps < 2000 && stepped.vcpu->save().activity == Activity::kRunning;
              ++steps) {
             stepped.run(1 + random() % 3);

@@ -356,8 +356,8 @@ void Lapic::restore(std::span<const u8> bytes) {
     check_state((state.divide & ~0xbu) == 0, kName, "divide");
     check_state((state.irr[0] & 0xffff) == 0 && (state.isr[0] & 0xffff) == 0, kName, "irr");
     bool counting = state.timer_deadline != kNever && (state.lvt[kTimer] >> 17 & 3) != 2;
-    check_state(!counting || (state.initial_count != 0 && state.timer_start <= state.timer_deadline),
-                kName, "timer_deadline");
+    bool ordered = static_cast<s64>(state.timer_deadline - state.timer_start) >= 0;
+    check_state(!counting || (state.initial_count != 0 && ordered), kName, "timer_deadline");
     check_state(state.lint < 4 && state.ext_int < 2, kName, "lint");
     Outcome out;
     {

@@ -39,7 +39,9 @@ void Lapic::start_timer(u32 count) {
 u32 Lapic::current_count() const {
     if (state_.timer_deadline == kNever || timer_mode() == kTscDeadline) return 0;
     Nanoseconds now = clock_.now();
-    u64 elapsed = now > state_.timer_start ? (now - state_.timer_start) / divider() : 0;
+    // After a change of the divider the start may lie before time 0, so it is taken modulo 2^64.
+    s64 since = static_cast<s64>(now - state_.timer_start);
+    u64 elapsed = since > 0 ? static_cast<u64>(since) / divider() : 0;
     if (timer_mode() == kPeriodic) {
         return static_cast<u32>(state_.initial_count - elapsed % state_.initial_count);
     }
@@ -54,7 +56,7 @@ void Lapic::rescale_timer(u32 divide) {
     Nanoseconds now = clock_.now();
     u64 rate = divider();
     u64 counted = static_cast<u64>(state_.initial_count - left) * rate;
-    state_.timer_start = now > counted ? now - counted : 0;
+    state_.timer_start = now - counted;
     state_.timer_deadline = now + left * rate;
     timer_.arm(state_.timer_deadline);
 }

@@ -318,40 +318,29 @@ bool idiv_e(VcpuFrame& f, const Insn& i, u64 ea) { return divide<T, true>(f, i, 
 bool div_ev(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_OPSIZE(div_e); }
 bool idiv_ev(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_OPSIZE(idiv_e); }
 
-// --- Decimal adjustment (not in 64-bit mode, so the host cannot do them for us) ---------------------------
+// --- Decimal adjustment -----------------------------------------------------------------------------------
+// Not in 64-bit mode, so the host cannot do them for us. Flags that the manuals leave undefined are those
+// of the addition or subtraction behind the adjustment, as AMD's CPUs have it.
 
 u8 al(const VcpuFrame& f) { return static_cast<u8>(f.gpr[kRax]); }
 u8 ah(const VcpuFrame& f) { return static_cast<u8>(f.gpr[kRax] >> 8); }
 
-/// SF, ZF, PF of a byte; `rest` gives the other three.
-u16 byte_flags(u8 value, int rest) {
-    int flags = 0x200 | rest;
-    if (value & 0x80) flags |= kStatusS;
-    if (value == 0) flags |= kStatusZ;
-    if (!(std::popcount(value) & 1)) flags |= kStatusP;
-    return static_cast<u16>(flags);
+void set_carries(VcpuFrame& f, bool carry, bool half) {
+    f.oszapc = static_cast<u16>((f.oszapc & ~(kStatusC | kStatusA)) | (carry ? kStatusC : 0) |
+                                (half ? kStatusA : 0));
 }
 
 template <bool Subtract>
 bool decimal_adjust(VcpuFrame& f, const Insn&, u64) {
     u8 old = al(f);
-    u8 value = old;
     bool old_carry = f.oszapc & kStatusC;
-    bool carry = old_carry;
     bool half = (old & 15) > 9 || (f.oszapc & kStatusA);
-    if (half) {
-        unsigned sum = Subtract ? value - 6u : value + 6u;
-        carry = old_carry || (sum & 0x100);
-        value = static_cast<u8>(sum);
-    }
-    if (old > 0x99 || old_carry) {
-        value = static_cast<u8>(Subtract ? value - 0x60 : value + 0x60);
-        carry = true;
-    } else if (!Subtract) {
-        carry = false;  // DAA drops a carry of the first step, DAS keeps its borrow
-    }
-    set_accumulator<u8>(f, value);
-    f.oszapc = byte_flags(value, (carry ? kStatusC : 0) | (half ? kStatusA : 0));
+    bool high = old > 0x99 || old_carry;
+    // DAA drops a carry of the low digit's step, DAS keeps its borrow.
+    bool carry = high || (Subtract && half && old < 6);
+    u8 adjustment = static_cast<u8>((half ? 6 : 0) + (high ? 0x60 : 0));
+    set_accumulator(f, alu<Subtract ? Alu::kSub : Alu::kAdd>(f.oszapc, old, adjustment));
+    set_carries(f, carry, half);
     return true;
 }
 
@@ -359,10 +348,10 @@ template <bool Subtract>
 bool ascii_adjust(VcpuFrame& f, const Insn&, u64) {
     u16 ax = static_cast<u16>(f.gpr[kRax]);
     bool adjust = (ax & 15) > 9 || (f.oszapc & kStatusA);
-    if (adjust) ax = static_cast<u16>(Subtract ? ax - 0x106 : ax + 0x106);
-    ax &= 0xff0f;
-    write_reg(f, kRax, 2, ax);
-    f.oszapc = byte_flags(static_cast<u8>(ax), adjust ? kStatusC | kStatusA : 0);
+    u16 adjustment = adjust ? 0x106 : 0;
+    ax = alu<Subtract ? Alu::kSub : Alu::kAdd>(f.oszapc, ax, adjustment);
+    write_reg(f, kRax, 2, ax & 0xff0f);
+    set_carries(f, adjust, adjust);
     return true;
 }
 
@@ -372,14 +361,13 @@ bool aam(VcpuFrame& f, const Insn& i, u64) {
     u8 value = al(f);
     u8 low = value % base;
     write_reg(f, kRax, 2, static_cast<u64>(value / base) << 8 | low);
-    f.oszapc = byte_flags(low, 0);
+    alu<Alu::kTest>(f.oszapc, low, low);
     return true;
 }
 
 bool aad(VcpuFrame& f, const Insn& i, u64) {
-    u8 low = static_cast<u8>(al(f) + ah(f) * static_cast<u8>(i.imm));
-    write_reg(f, kRax, 2, low);
-    f.oszapc = byte_flags(low, 0);
+    u8 tens = static_cast<u8>(ah(f) * static_cast<u8>(i.imm));
+    write_reg(f, kRax, 2, alu<Alu::kAdd>(f.oszapc, al(f), tens));
     return true;
 }
 

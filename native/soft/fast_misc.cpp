@@ -68,7 +68,7 @@ const Uop* shift(const Uop* u, VcpuFrame* f) {
 // Multiplication: flags that the manuals leave undefined are what the host makes of the old ones.
 template <class T, bool Live>
 PV_INLINE T multiply(VcpuFrame* f, T a, T b) {
-    if constexpr (!Live) return static_cast<T>(a * b);
+    if constexpr (!Live || sizeof(T) == 1) return static_cast<T>(a * b);  // there is no byte form
     u32 flags = f->oszapc;
     asm("sahf\n\timul %[b], %[a]\n\tlahf\n\tseto %%al" : [a] "+&r"(a), "+a"(flags) : [b] "r"(b) : "cc");
     f->oszapc = static_cast<u16>(flags);

@@ -4,6 +4,7 @@
 #include "base/error.hpp"
 #include "bindings.hpp"
 #include "handles.hpp"
+#include "machine/snapshot.hpp"
 #include "py_device.hpp"
 
 namespace polyvisor::python {
@@ -210,6 +211,19 @@ void bind_machine(py::module_& module) {
         .def_readonly("detail", &StopInfo::detail)
         .def_readonly("cpu", &StopInfo::cpu);
 
+    py::class_<Snapshot, std::shared_ptr<Snapshot>>(module, "Snapshot")
+        .def_property_readonly("now", [](const Snapshot& s) { return s.now; })
+        .def_property_readonly("memory_bytes", &Snapshot::memory_bytes)
+        .def_property_readonly("cpus", [](const Snapshot& s) { return s.cpus; })
+        .def_property_readonly("parts", [](const Snapshot& s) {
+            py::dict parts;
+            for (const auto& part : s.parts) {
+                parts[part.name.c_str()] = py::bytes(
+                    reinterpret_cast<const char*>(part.state.data()), part.state.size());
+            }
+            return parts;
+        });
+
     py::class_<PyMachine>(module, "Machine")
         .def(py::init([](u64 memory, u32 cpus, const std::string& engine,
                          const std::string& cpu_model, bool deterministic, u64 tsc_khz,
@@ -311,6 +325,19 @@ void bind_machine(py::module_& module) {
         .def("power_button", [](const PyMachine& m) {
             unlocked(m, [](Machine& machine) { machine.pc().acpi().press_power_button(); });
         })
+
+        .def("snapshot",
+             [](const PyMachine& m) {
+                 return unlocked(m, [](Machine& machine) {
+                     return std::make_shared<Snapshot>(take_snapshot(machine));
+                 });
+             })
+        .def(
+            "restore",
+            [](const PyMachine& m, const std::shared_ptr<Snapshot>& snapshot) {
+                unlocked(m, [&](Machine& machine) { restore_snapshot(machine, *snapshot); });
+            },
+            py::arg("snapshot"))
 
         .def("serial", &PyMachine::serial, py::arg("index") = 0)
         .def_property_readonly("debug_console", &PyMachine::debug_console)

@@ -114,6 +114,7 @@ void Pc::claim(Bus& bus, u64 start, u64 size, std::shared_ptr<Device> device, u6
 Pc::~Pc() {
     // The buses live longer and share the chips, which must not outlive what they are wired to.
     for (auto& [bus, start] : claims_) bus->detach(start);
+    for (auto& [bus, start] : claims_) bus->release_detached();
     for (auto& console : consoles_) console->detach();
     for (auto& lapic : lapics_) lapic->disconnect();
 }
@@ -133,7 +134,11 @@ void Pc::flush() {
 std::vector<Pc::Part> Pc::parts() {
     std::vector<Part> parts;
     auto add = [&parts](std::string name, auto* chip) {
-        parts.push_back({std::move(name), [chip] { return chip->save(); },
+        const Device* device = nullptr;
+        if constexpr (std::is_base_of_v<Device, std::remove_pointer_t<decltype(chip)>>) {
+            device = chip;
+        }
+        parts.push_back({std::move(name), device, [chip] { return chip->save(); },
                          [chip](std::span<const u8> state) { chip->restore(state); }});
     };
     for (auto& lapic : lapics_) add("lapic" + std::to_string(lapic->id()), lapic.get());

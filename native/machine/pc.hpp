@@ -83,6 +83,7 @@ class Pc {
     /// Everything with a State, by a name that is unique in the machine, in the order of restoring.
     struct Part {
         std::string name;
+        const Device* device;  ///< nullptr for what is not on a bus
         std::function<std::vector<u8>()> save;
         std::function<void(std::span<const u8>)> restore;
     };

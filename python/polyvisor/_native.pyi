@@ -1,4 +1,4 @@
-"""The C++ core as bound by src/bind_*.cpp. `polyvisor.Machine` is the interface meant for people."""
+"""The C++ core as bound by src/bind_*.cpp. `polyvisor.Machine` is the interface for people."""
 
 from collections.abc import Callable
 from typing import final
@@ -107,6 +107,19 @@ class SerialPort:
     def set_flow_control(self, on: bool) -> None: ...
 
 @final
+class Snapshot:
+    """A machine's whole state, taken while it stood still."""
+
+    @property
+    def now(self) -> int: ...
+    @property
+    def memory_bytes(self) -> int: ...
+    @property
+    def cpus(self) -> list[CpuState]: ...
+    @property
+    def parts(self) -> dict[str, bytes]: ...
+
+@final
 class Machine:
     def __init__(
         self,
@@ -161,12 +174,14 @@ class Machine:
     def serial(self, index: int = 0) -> SerialPort: ...
     @property
     def debug_console(self) -> SerialPort: ...
+    def snapshot(self) -> Snapshot: ...
+    def restore(self, snapshot: Snapshot) -> None: ...
     def ranges(self) -> list[tuple[str, int, int, str]]: ...
     def counters(self) -> dict[str, int]: ...
     def log(self) -> list[str]: ...
 
 def engines() -> list[tuple[str, str, str]]:
-    """(name, reason, sentence) of each engine, the preferred first; reason is "" if it works here."""
+    """(name, reason, sentence) of each engine, best first; reason is "" if it works here."""
 
 def pc_layout() -> dict[str, int]:
     """Addresses and interrupts of the board, which firmware tables have to name."""

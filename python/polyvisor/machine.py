@@ -362,6 +362,16 @@ class Machine:
             cpu=info.cpu,
         )
 
+    def snapshot(self) -> _native.Snapshot:
+        """The whole state, to `restore` into this machine or one of the same shape. It must not be
+        running."""
+        return self._native.snapshot()
+
+    def restore(self, snapshot: _native.Snapshot) -> None:
+        """Puts a snapshot's state in place. The machine must be created or paused; raises
+        `StateError`, leaving it as it is, for a snapshot that does not fit."""
+        self._native.restore(snapshot)
+
     # --- looking at it ---------------------------------------------------------------------------
 
     def power_button(self) -> None:

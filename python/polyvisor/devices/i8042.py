@@ -9,6 +9,7 @@ nor mouse. Without devices it interrupts nobody. (IBM PS/2 Hardware Interface Te
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 
 DATA, STATUS = 0, 4
@@ -30,6 +31,8 @@ COMMAND_KEYBOARD_OFF = 0x10
 COMMAND_AUX_OFF = 0x20
 
 _RESEND = 0xFE
+_MAX_ANSWERS = 16
+_STATE = struct.Struct("<32sBHB")  # RAM, output port, awaiting (0x100: none), last was a command
 
 
 class I8042:
@@ -51,6 +54,27 @@ class I8042:
         self._output: list[tuple[int, int]] = []  # (byte, status bits that come with it)
         self._awaiting: int | None = None  # the command whose data byte comes next
         self._last_was_command = False
+
+    def save(self) -> bytes:
+        """RAM, output port, the command that awaits data, and answers not yet read."""
+        awaiting = 0x100 if self._awaiting is None else self._awaiting
+        answers = bytes(byte for answer in self._output for byte in answer)
+        head = _STATE.pack(bytes(self.ram), self.output_port, awaiting, self._last_was_command)
+        return head + answers
+
+    def restore(self, state: bytes) -> None:
+        """Takes what `save` gave; raises `ValueError` for anything else."""
+        answers = state[_STATE.size :]
+        if len(state) < _STATE.size or len(answers) % 2 or len(answers) > 2 * _MAX_ANSWERS:
+            raise ValueError("this is not the state of a keyboard controller")
+        ram, port, awaiting, command = _STATE.unpack(state[: _STATE.size])
+        if awaiting > 0x100 or command > 1:
+            raise ValueError("this is not the state of a keyboard controller")
+        self.ram[:] = ram
+        self.output_port = port
+        self._awaiting = None if awaiting == 0x100 else awaiting
+        self._last_was_command = bool(command)
+        self._output = list(zip(answers[::2], answers[1::2], strict=True))
 
     def read(self, offset: int, size: int) -> int:
         """The oldest answer, or the status."""
@@ -76,7 +100,9 @@ class I8042:
             self._data(value)
 
     def _answer(self, value: int, status: int = 0) -> None:
-        if len(self._output) < 16:  # a guest that never reads must not fill the host's memory
+        if (
+            len(self._output) < _MAX_ANSWERS
+        ):  # a guest that never reads must not fill the host's memory
             self._output.append((value, status))
 
     def _command(self, command: int) -> None:

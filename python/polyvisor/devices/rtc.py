@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import calendar
 import math
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -36,6 +37,11 @@ C_IRQF, C_PF, C_AF, C_UF = 0x80, 0x40, 0x20, 0x10
 D_VALID = 0x80
 
 _TIME_REGISTERS = {SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR, CENTURY}
+
+
+_STATE = struct.Struct("<128sBBqqQ")  # CMOS, index, held or not, held seconds, base, seen
+MAX_YEAR = 2199  # nanoseconds since 1970 then still fit 63 bits
+_MAX_WALL = calendar.timegm((MAX_YEAR + 1, 1, 1, 0, 0, 0)) - 1
 
 
 class IrqLine(Protocol):
@@ -214,7 +220,7 @@ class Rtc:
         # The weekday follows from the date; nonsense (month 13) is taken modulo, as it must not
         # raise.
         month = min(max(month, 1), 12)
-        year = min(max(year, 1970), 9999)
+        year = min(max(year, 1970), MAX_YEAR)
         after = calendar.timegm((year, month, 1, hour, minute, second)) + (max(day, 1) - 1) * 86400
         if self._held is None:
             self._base += (after - now) * SECOND
@@ -327,6 +333,34 @@ class Rtc:
         above16m = min(max(min(size, 3 << 30) - (16 << 20), 0) >> 16, 0xFFFF)  # 64 KiB units
         for register, value in ((0x15, 640), (0x17, extended), (0x30, extended), (0x34, above16m)):
             self.cmos[register : register + 2] = value.to_bytes(2, "little")
+
+    def save(self) -> bytes:
+        """Registers and RAM, the index, and the wall clock's offset from virtual time."""
+        with self._lock:
+            return _STATE.pack(
+                bytes(self.cmos),
+                self._index,
+                self._held is not None,
+                self._held or 0,
+                self._base,
+                self._seen,
+            )
+
+    def restore(self, state: bytes) -> None:
+        """Takes what `save` gave; raises `ValueError` for anything else."""
+        if len(state) != _STATE.size:
+            raise ValueError(f"an RTC's state has {_STATE.size} bytes, not {len(state)}")
+        cmos, index, holding, held, base, seen = _STATE.unpack(state)
+        if index > 0x7F or holding > 1 or not 0 <= held <= _MAX_WALL:
+            raise ValueError("this is not the state of an RTC")
+        if not -_MAX_WALL * SECOND <= base <= _MAX_WALL * SECOND:
+            raise ValueError("the RTC's time is out of range")
+        with self._lock:
+            self.cmos[:] = cmos
+            self._index, self._base, self._seen = index, base, seen
+            self._held = held if holding else None
+            self._update_irq()
+            self._schedule()
 
     def reset(self) -> None:
         """A reset clears the interrupt enables and flags; time and RAM are on the battery."""

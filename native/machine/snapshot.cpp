@@ -1,0 +1,175 @@
+#include "machine/snapshot.hpp"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <set>
+
+#include "base/error.hpp"
+
+namespace polyvisor {
+
+namespace {
+
+using Phase = RunControl::Phase;
+
+// The chips of the board, then whatever else sits on the buses, named by its first address.
+std::vector<Pc::Part> all_parts(Machine& machine) {
+    std::vector<Pc::Part> parts = machine.pc().parts();
+    std::set<const Device*> seen;
+    for (const Pc::Part& part : parts) seen.insert(part.device);
+    for (Bus* bus : {&machine.pio(), &machine.mmio()}) {
+        for (const Bus::Range& range : bus->ranges()) {
+            if (!seen.insert(range.device.get()).second) continue;
+            char at[32];
+            std::snprintf(at, sizeof at, "@%llx", static_cast<unsigned long long>(range.start));
+            auto device = range.device;
+            parts.push_back({bus->name() + at + " " + std::string(device->name()), device.get(),
+                             [device] { return device->save(); },
+                             [device](std::span<const u8> state) { device->restore(state); }});
+        }
+    }
+    return parts;
+}
+
+// The touched pieces of a region: a memfd's data segments, without pages of zeros.
+void gather_region(const GuestMemory::Region& region, std::vector<Snapshot::Extent>& into) {
+    static constexpr u8 kZeros[kPageSize] = {};
+    const int fd = region.fd.get();
+    auto size = static_cast<off_t>(region.size);
+    for (off_t at = 0; at < size;) {
+        off_t begin = ::lseek(fd, at, SEEK_DATA);
+        if (begin < 0 || begin >= size) break;  // ENXIO: nothing but holes from here on
+        off_t end = ::lseek(fd, begin, SEEK_HOLE);
+        if (end < 0 || end > size) end = size;
+        bool open = false;
+        for (off_t page = begin; page < end; page += static_cast<off_t>(kPageSize)) {
+            const u8* data = region.mapping.data() + page;
+            bool zero = std::equal(data, data + kPageSize, kZeros);
+            if (!zero && !open) into.push_back({region.start.value + static_cast<u64>(page), {}});
+            if (!zero) into.back().bytes.insert(into.back().bytes.end(), data, data + kPageSize);
+            open = !zero;
+        }
+        at = end;
+    }
+}
+
+void scatter_memory(GuestMemory& memory, const Snapshot& snapshot) {
+    for (const auto& region : memory.regions()) {
+        memory.note_write(region->start, region->size);
+        // Gives the pages back; what is read afterwards is zero.
+        if (::fallocate(region->fd.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0,
+                        static_cast<off_t>(region->size)) != 0) {
+            throw_errno("cannot clear guest memory");
+        }
+    }
+    for (const auto& extent : snapshot.memory) memory.write(Gpa(extent.gpa), extent.bytes);
+}
+
+std::vector<u64> region_sizes(Machine& machine) {
+    std::vector<u64> sizes;
+    for (const auto& region : machine.memory()->regions()) sizes.push_back(region->size);
+    return sizes;
+}
+
+void check_shape(Machine& machine, const Snapshot& snapshot,
+                 const std::vector<Pc::Part>& parts) {
+    if (snapshot.region_sizes != region_sizes(machine)) {
+        throw StateError("memory", "the snapshot is of a machine with other memory");
+    }
+    if (snapshot.cpus.size() != machine.config().cpus) {
+        throw StateError("cpus", "the snapshot has " + std::to_string(snapshot.cpus.size()) +
+                                     " CPUs, machine '" + machine.config().name + "' has " +
+                                     std::to_string(machine.config().cpus));
+    }
+    if (snapshot.tsc_khz != machine.clock().tsc_khz()) {
+        throw StateError("tsc_khz", "the snapshot is of a machine with another TSC frequency");
+    }
+    for (const auto& extent : snapshot.memory) {
+        if (machine.memory()->span(Gpa(extent.gpa), extent.bytes.size()).empty()) {
+            throw StateError("memory", "the snapshot has memory where the machine has none");
+        }
+    }
+    for (const CpuState& cpu : snapshot.cpus) validate(cpu);
+    bool same = parts.size() == snapshot.parts.size() &&
+                std::equal(parts.begin(), parts.end(), snapshot.parts.begin(),
+                           [](const auto& a, const auto& b) { return a.name == b.name; });
+    if (!same) throw StateError("devices", "the snapshot is of a machine with other devices");
+}
+
+// Applies the parts' and then the CPUs' states; when one refuses, undoes what was done.
+void restore_parts(Machine& machine, const std::vector<Pc::Part>& parts,
+                   const Snapshot& snapshot) {
+    std::vector<std::function<void()>> undo;
+    try {
+        for (std::size_t i = 0; i < parts.size(); ++i) {
+            auto before = parts[i].save();
+            parts[i].restore(snapshot.parts[i].state);
+            undo.push_back([&part = parts[i], before = std::move(before)] {
+                part.restore(before);
+            });
+        }
+        for (u32 cpu = 0; cpu < snapshot.cpus.size(); ++cpu) {
+            Vcpu& vcpu = machine.vcpu(cpu);
+            CpuState before = vcpu.save();
+            vcpu.restore(snapshot.cpus[cpu]);
+            undo.push_back([&vcpu, before] { vcpu.restore(before); });
+        }
+    } catch (const Error&) {
+        while (!undo.empty()) {
+            undo.back()();
+            undo.pop_back();
+        }
+        throw;
+    }
+}
+
+}  // namespace
+
+u64 Snapshot::memory_bytes() const {
+    u64 total = 0;
+    for (const Extent& extent : memory) total += extent.bytes.size();
+    return total;
+}
+
+Snapshot take_snapshot(Machine& machine) {
+    Snapshot snapshot;
+    for (u32 cpu = 0; cpu < machine.config().cpus; ++cpu) {
+        snapshot.cpus.push_back(machine.vcpu(cpu).save());  // throws unless it stands still
+    }
+    machine.pc().finish_wiring();
+    snapshot.now = machine.clock().now();
+    snapshot.tsc_khz = machine.clock().tsc_khz();
+    snapshot.region_sizes = region_sizes(machine);
+    for (const Pc::Part& part : all_parts(machine)) {
+        snapshot.parts.push_back({part.name, part.save()});
+    }
+    for (const auto& region : machine.memory()->regions()) gather_region(*region, snapshot.memory);
+    return snapshot;
+}
+
+void restore_snapshot(Machine& machine, const Snapshot& snapshot) {
+    machine.vcpu(0);  // throws unless it stands still
+    Phase phase = machine.phase();
+    if (phase != Phase::kCreated && phase != Phase::kPaused) {
+        throw StateMismatch("machine '" + machine.config().name +
+                            "' has ended; restore the snapshot into a new one");
+    }
+    machine.pc().finish_wiring();
+    std::vector<Pc::Part> parts = all_parts(machine);
+    check_shape(machine, snapshot, parts);
+    u64 before = machine.clock().now();
+    machine.clock().set(snapshot.now);  // timers are armed against it
+    try {
+        restore_parts(machine, parts, snapshot);
+    } catch (const Error&) {
+        machine.clock().set(before);
+        throw;
+    }
+    machine.pc().irqs().refresh();
+    scatter_memory(*machine.memory(), snapshot);
+}
+
+}  // namespace polyvisor

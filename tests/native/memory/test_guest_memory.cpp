@@ -1,0 +1,119 @@
+// Regions, bounds, copies across regions, the write observer.
+#include "memory/guest_memory.hpp"
+
+#include <sys/stat.h>
+
+#include <cstring>
+
+#include "base/error.hpp"
+#include "check.hpp"
+
+using namespace polyvisor;
+
+namespace {
+
+void regions() {
+    GuestMemory memory;
+    memory.add(Gpa(0x100000), 0x4000, "high");
+    auto& low = memory.add(Gpa(0), 0x2000, "low");
+    CHECK_EQ(memory.regions().size(), 2u);
+    CHECK(memory.regions()[0]->name == "low");  // sorted
+    CHECK_EQ(memory.total_size(), 0x6000u);
+    CHECK(memory.find(Gpa(0x1fff)) == &low);
+    CHECK(memory.find(Gpa(0x2000)) == nullptr);
+    CHECK(memory.find(Gpa(0xfffff)) == nullptr);
+    CHECK(memory.find(Gpa(0x103fff)) != nullptr);
+    CHECK(memory.find(Gpa(~u64{0})) == nullptr);
+    CHECK_EQ(memory.load<u64>(Gpa(0x8)), 0u);
+    struct stat info;
+    CHECK_EQ(::fstat(low.fd.get(), &info), 0);
+    CHECK_EQ(info.st_size, 0x2000);
+    CHECK(info.st_blocks * 512 <= 0x1000);  // sparse: only the page that was read
+
+    CHECK_THROWS(memory.add(Gpa(0x1000), 0x1000, "over"), MemoryRangeError);
+    CHECK_THROWS(memory.add(Gpa(0xff000), 0x2000, "over"), MemoryRangeError);
+    CHECK_THROWS(memory.add(Gpa(0x4000), 0, "empty"), ConfigError);
+    CHECK_THROWS(memory.add(Gpa(0x4000), 0x800, "odd"), ConfigError);
+    CHECK_THROWS(memory.add(Gpa(0x4001), 0x1000, "odd"), ConfigError);
+    CHECK_THROWS(memory.add(Gpa(~u64{0xfff}), 0x2000, "wrap"), MemoryRangeError);
+    CHECK_THROWS(memory.add(Gpa(bit(52)), 0x1000, "far"), MemoryRangeError);
+    CHECK_EQ(memory.regions().size(), 2u);
+}
+
+void spans() {
+    GuestMemory memory;
+    memory.add(Gpa(0x1000), 0x2000, "ram");
+    CHECK_EQ(memory.span(Gpa(0x1000), 0x2000).size(), 0x2000u);
+    CHECK(memory.span(Gpa(0x1000), 0x2001).empty());
+    CHECK(memory.span(Gpa(0xfff), 2).empty());
+    CHECK(memory.span(Gpa(0x2fff), ~u64{0}).empty());
+    CHECK_EQ(memory.span(Gpa(0x2fff), 1).size(), 1u);
+    try {
+        memory.checked(Gpa(0x2ff8), 16);
+        CHECK(false);
+    } catch (const MemoryRangeError& error) {
+        CHECK_EQ(error.gpa, 0x2ff8u);
+        CHECK_EQ(error.size, 16u);
+    }
+}
+
+void copies_across_regions() {
+    GuestMemory memory;
+    memory.add(Gpa(0x1000), 0x1000, "a");
+    memory.add(Gpa(0x2000), 0x1000, "b");
+    memory.add(Gpa(0x4000), 0x1000, "c");
+    u8 text[] = "across the seam";
+    memory.write(Gpa(0x1ff8), text);
+    u8 back[sizeof text] = {};
+    memory.read(Gpa(0x1ff8), back);
+    CHECK(std::memcmp(text, back, sizeof text) == 0);
+    memory.store<u64>(Gpa(0x1ffc), 0x1122334455667788);
+    CHECK_EQ(memory.load<u64>(Gpa(0x1ffc)), 0x1122334455667788u);
+    CHECK_EQ(memory.load<u32>(Gpa(0x2000)), 0x11223344u);
+    // A hole in the middle: nothing is copied.
+    std::vector<u8> big(0x2000, 0xee);
+    CHECK_THROWS(memory.write(Gpa(0x2800), big), MemoryRangeError);
+    CHECK_EQ(memory.load<u8>(Gpa(0x2800)), 0u);
+    CHECK_THROWS(memory.read(Gpa(0x2800), big), MemoryRangeError);
+    CHECK_EQ(big[0], 0xee);
+    CHECK_THROWS(memory.load<u8>(Gpa(0x3000)), MemoryRangeError);
+    CHECK_THROWS(memory.load<u64>(Gpa(~u64{0} - 3)), MemoryRangeError);
+    memory.write(Gpa(0x3000), {});  // nothing is always fine
+    memory.read(Gpa(0x3000), {});
+}
+
+void observer() {
+    GuestMemory memory;
+    auto& ram = memory.add(Gpa(0x10000), 0x4000, "ram");
+    std::vector<std::pair<u64, u64>> seen;
+    memory.set_write_observer([&](Gpa gpa, u64 size) { seen.emplace_back(gpa.value, size); });
+    std::vector<u8> data(0x2800, 1);
+    memory.write(Gpa(0x10400), data);
+    CHECK(seen.empty());  // no page has traps
+    ram.flags(0x11000) = kPageCode;
+    ram.flags(0x12000) = kPageDirtyTrack;
+    memory.write(Gpa(0x10400), data);
+    CHECK_EQ(seen.size(), 2u);
+    CHECK(seen[0] == std::pair(u64{0x11000}, u64{0x1000}));
+    CHECK(seen[1] == std::pair(u64{0x12000}, u64{0xc00}));
+    seen.clear();
+    memory.store<u16>(Gpa(0x11ffe), 5);
+    memory.store<u16>(Gpa(0x12fff), 5);
+    CHECK_EQ(seen.size(), 2u);
+    CHECK(seen[0] == std::pair(u64{0x11ffe}, u64{2}));
+    CHECK(seen[1] == std::pair(u64{0x12fff}, u64{1}));
+    seen.clear();
+    memory.note_write(Gpa(0x12345), 1);
+    memory.note_write(Gpa(0x12345), 0);
+    CHECK_EQ(seen.size(), 1u);
+}
+
+}  // namespace
+
+int main() {
+    regions();
+    spans();
+    copies_across_regions();
+    observer();
+    return pvtest::finish("test_guest_memory");
+}

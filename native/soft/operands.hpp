@@ -1,8 +1,8 @@
 // Operand access and status flags, as the integer operations share them.
 //
-// Flags: an operation is done by the host's own instruction between PV_FLAGS_IN and PV_FLAGS_OUT, with
-// the frame's `oszapc` in AX. The incoming flags are loaded even where the manual calls the result
-// undefined, so that what the guest sees is what this host's CPU does.
+// Flags: an operation is done by the host's own instruction between PV_FLAGS_IN and PV_FLAGS_OUT,
+// with the frame's `oszapc` in AX. The incoming flags are loaded even where the manual calls the
+// result undefined, so that what the guest sees is what this host's CPU does.
 #pragma once
 
 #include <mutex>
@@ -16,14 +16,18 @@ namespace polyvisor::soft {
 #define PV_FLAGS_OUT "\n\tlahf\n\tseto %%al"
 
 /// Calls function<T>(f, i, ea) for the operand size of the instruction. For v operands.
-#define PV_BY_OPSIZE(call)                            \
-    (i.opsize == 4   ? call<u32>(f, i, ea)            \
-     : i.opsize == 8 ? call<u64>(f, i, ea)            \
+#define PV_BY_OPSIZE(call)                 \
+    (i.opsize == 4   ? call<u32>(f, i, ea) \
+     : i.opsize == 8 ? call<u64>(f, i, ea) \
                      : call<u16>(f, i, ea))
 
 // Bits of VcpuFrame::oszapc.
 enum StatusBits : u16 {
-    kStatusO = 1, kStatusC = 0x100, kStatusP = 0x400, kStatusA = 0x1000, kStatusZ = 0x4000,
+    kStatusO = 1,
+    kStatusC = 0x100,
+    kStatusP = 0x400,
+    kStatusA = 0x1000,
+    kStatusZ = 0x4000,
     kStatusS = 0x8000,
 };
 
@@ -32,19 +36,35 @@ inline bool condition(u16 flags, unsigned code) {
     bool result;
     bool sign_differs = ((flags >> 15) ^ flags) & 1;
     switch (code >> 1) {
-        case 0: result = flags & kStatusO; break;
-        case 1: result = flags & kStatusC; break;
-        case 2: result = flags & kStatusZ; break;
-        case 3: result = flags & (kStatusC | kStatusZ); break;
-        case 4: result = flags & kStatusS; break;
-        case 5: result = flags & kStatusP; break;
-        case 6: result = sign_differs; break;
-        default: result = sign_differs || (flags & kStatusZ); break;
+        case 0:
+            result = flags & kStatusO;
+            break;
+        case 1:
+            result = flags & kStatusC;
+            break;
+        case 2:
+            result = flags & kStatusZ;
+            break;
+        case 3:
+            result = flags & (kStatusC | kStatusZ);
+            break;
+        case 4:
+            result = flags & kStatusS;
+            break;
+        case 5:
+            result = flags & kStatusP;
+            break;
+        case 6:
+            result = sign_differs;
+            break;
+        default:
+            result = sign_differs || (flags & kStatusZ);
+            break;
     }
     return result != (code & 1);
 }
 
-// --- Addresses and the stack --------------------------------------------------------------------
+// --- Addresses and the stack ---------------------------------------------------------------------
 
 inline u64 address_mask(const Insn& i) {
     return i.addrsize == 8 ? ~u64{0} : i.addrsize == 4 ? u64{0xffffffff} : u64{0xffff};
@@ -66,7 +86,7 @@ inline u64 moved_stack_pointer(const VcpuFrame& f, u64 rsp, u64 delta) {
     return (rsp & ~mask) | ((rsp + delta) & mask);
 }
 
-// --- Operands -----------------------------------------------------------------------------------
+// --- Operands ------------------------------------------------------------------------------------
 
 template <class T>
 inline T get_reg(VcpuFrame& f, const Insn& i, u8 n) {
@@ -146,13 +166,14 @@ inline bool open_target(VcpuFrame& f, const Insn& i, u64 ea, Target& target) {
            probe_write_linear(f, target.linear, sizeof(T), Privilege::kCurrent, i.segment);
 }
 
-/// Serializes, in the whole process, locked accesses that no single host instruction can make: those
-/// across two guest pages and those to MMIO. They are atomic towards each other, not towards locked
-/// accesses within one page; bus-locking guests are that rare, and real CPUs trap on them too.
+/// Serializes, in the whole process, locked accesses that no single host instruction can make:
+/// those across two guest pages and those to MMIO. They are atomic towards each other, not towards
+/// locked accesses within one page; bus-locking guests are that rare, and real CPUs trap on them
+/// too.
 std::mutex& split_lock();
 
-/// Read-modify-write of the E operand: `plain(T) -> T` computes; `atomic(T*)` does the same to memory
-/// as one host atomic, for LOCK. Flags are put back when the write fails after all.
+/// Read-modify-write of the E operand: `plain(T) -> T` computes; `atomic(T*)` does the same to
+/// memory as one host atomic, for LOCK. Flags are put back when the write fails after all.
 template <class T, class Plain, class Atomic>
 inline bool modify(VcpuFrame& f, const Insn& i, u64 ea, Plain&& plain, Atomic&& atomic) {
     if (!i.has_mem) {

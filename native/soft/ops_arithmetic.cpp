@@ -6,7 +6,7 @@
 namespace polyvisor::soft {
 namespace {
 
-// --- Two operands ---------------------------------------------------------------------------------
+// --- Two operands --------------------------------------------------------------------------------
 
 enum class Alu { kAdd, kOr, kAdc, kSbb, kAnd, kSub, kXor, kCmp, kTest };
 
@@ -15,11 +15,11 @@ constexpr bool kWrites = K != Alu::kCmp && K != Alu::kTest;
 
 template <Alu K, class T>
 inline T alu(u16& flags, T a, T b) {
-#define PV_ALU(kind, text)                            \
-    if constexpr (K == Alu::kind)                     \
-    asm(PV_FLAGS_IN text " %[b], %[a]" PV_FLAGS_OUT   \
-        : "+&a"(flags), [a] "+&r"(a)                  \
-        : [b] "r"(b)                                  \
+#define PV_ALU(kind, text)                          \
+    if constexpr (K == Alu::kind)                   \
+    asm(PV_FLAGS_IN text " %[b], %[a]" PV_FLAGS_OUT \
+        : "+&a"(flags), [a] "+&r"(a)                \
+        : [b] "r"(b)                                \
         : "cc")
     PV_ALU(kAdd, "add");
     PV_ALU(kOr, "or");
@@ -36,11 +36,11 @@ inline T alu(u16& flags, T a, T b) {
 
 template <Alu K, class T>
 inline void alu_locked(u16& flags, T* p, T b) {
-#define PV_ALU(kind, text)                                      \
-    if constexpr (K == Alu::kind)                               \
+#define PV_ALU(kind, text)                                           \
+    if constexpr (K == Alu::kind)                                    \
     asm volatile(PV_FLAGS_IN "lock " text " %[b], %[p]" PV_FLAGS_OUT \
-                 : "+&a"(flags), [p] "+m"(*p)                   \
-                 : [b] "r"(b)                                   \
+                 : "+&a"(flags), [p] "+m"(*p)                        \
+                 : [b] "r"(b)                                        \
                  : "cc", "memory")
     PV_ALU(kAdd, "add");
     PV_ALU(kOr, "or");
@@ -90,14 +90,17 @@ bool alu_ai(VcpuFrame& f, const Insn& i, u64) {
     return true;
 }
 
-#define PV_V_FORM(name)                                          \
-    template <Alu K>                                             \
-    bool name##_v(VcpuFrame& f, const Insn& i, u64 ea) {         \
-        switch (i.opsize) {                                      \
-            case 4: return name<K, u32>(f, i, ea);               \
-            case 8: return name<K, u64>(f, i, ea);               \
-            default: return name<K, u16>(f, i, ea);              \
-        }                                                        \
+#define PV_V_FORM(name)                                  \
+    template <Alu K>                                     \
+    bool name##_v(VcpuFrame& f, const Insn& i, u64 ea) { \
+        switch (i.opsize) {                              \
+            case 4:                                      \
+                return name<K, u32>(f, i, ea);           \
+            case 8:                                      \
+                return name<K, u64>(f, i, ea);           \
+            default:                                     \
+                return name<K, u16>(f, i, ea);           \
+        }                                                \
     }
 PV_V_FORM(alu_eg)
 PV_V_FORM(alu_ei)
@@ -105,13 +108,13 @@ PV_V_FORM(alu_ge)
 PV_V_FORM(alu_ai)
 #undef PV_V_FORM
 
-// --- One operand ----------------------------------------------------------------------------------
+// --- One operand ---------------------------------------------------------------------------------
 
 enum class Unary { kInc, kDec, kNeg, kNot };
 
 template <Unary K, class T>
 inline T unary(u16& flags, T a) {
-#define PV_UNARY(kind, text) \
+#define PV_UNARY(kind, text)        \
     if constexpr (K == Unary::kind) \
     asm(PV_FLAGS_IN text " %[a]" PV_FLAGS_OUT : "+&a"(flags), [a] "+&r"(a) : : "cc")
     PV_UNARY(kInc, "inc");
@@ -125,20 +128,28 @@ inline T unary(u16& flags, T a) {
 template <Unary K, class T>
 inline void unary_locked(u16& flags, T* p) {
     // INC and DEC have no operand that could tell the assembler the size.
-#define PV_SIZED(text)                                                                          \
-    do {                                                                                        \
-        if constexpr (sizeof(T) == 1)                                                           \
-            asm volatile(PV_FLAGS_IN "lock " text "b %0" PV_FLAGS_OUT                           \
-                         : "+m"(*p), "+&a"(flags) : : "cc", "memory");                          \
-        if constexpr (sizeof(T) == 2)                                                           \
-            asm volatile(PV_FLAGS_IN "lock " text "w %0" PV_FLAGS_OUT                           \
-                         : "+m"(*p), "+&a"(flags) : : "cc", "memory");                          \
-        if constexpr (sizeof(T) == 4)                                                           \
-            asm volatile(PV_FLAGS_IN "lock " text "l %0" PV_FLAGS_OUT                           \
-                         : "+m"(*p), "+&a"(flags) : : "cc", "memory");                          \
-        if constexpr (sizeof(T) == 8)                                                           \
-            asm volatile(PV_FLAGS_IN "lock " text "q %0" PV_FLAGS_OUT                           \
-                         : "+m"(*p), "+&a"(flags) : : "cc", "memory");                          \
+#define PV_SIZED(text)                                                \
+    do {                                                              \
+        if constexpr (sizeof(T) == 1)                                 \
+            asm volatile(PV_FLAGS_IN "lock " text "b %0" PV_FLAGS_OUT \
+                         : "+m"(*p), "+&a"(flags)                     \
+                         :                                            \
+                         : "cc", "memory");                           \
+        if constexpr (sizeof(T) == 2)                                 \
+            asm volatile(PV_FLAGS_IN "lock " text "w %0" PV_FLAGS_OUT \
+                         : "+m"(*p), "+&a"(flags)                     \
+                         :                                            \
+                         : "cc", "memory");                           \
+        if constexpr (sizeof(T) == 4)                                 \
+            asm volatile(PV_FLAGS_IN "lock " text "l %0" PV_FLAGS_OUT \
+                         : "+m"(*p), "+&a"(flags)                     \
+                         :                                            \
+                         : "cc", "memory");                           \
+        if constexpr (sizeof(T) == 8)                                 \
+            asm volatile(PV_FLAGS_IN "lock " text "q %0" PV_FLAGS_OUT \
+                         : "+m"(*p), "+&a"(flags)                     \
+                         :                                            \
+                         : "cc", "memory");                           \
     } while (0)
     if constexpr (K == Unary::kInc) PV_SIZED("inc");
     if constexpr (K == Unary::kDec) PV_SIZED("dec");
@@ -156,13 +167,16 @@ bool unary_e(VcpuFrame& f, const Insn& i, u64 ea) {
 template <Unary K>
 bool unary_e_v(VcpuFrame& f, const Insn& i, u64 ea) {
     switch (i.opsize) {
-        case 4: return unary_e<K, u32>(f, i, ea);
-        case 8: return unary_e<K, u64>(f, i, ea);
-        default: return unary_e<K, u16>(f, i, ea);
+        case 4:
+            return unary_e<K, u32>(f, i, ea);
+        case 8:
+            return unary_e<K, u64>(f, i, ea);
+        default:
+            return unary_e<K, u16>(f, i, ea);
     }
 }
 
-// --- ADCX, ADOX -------------------------------------------------------------------------------------
+// --- ADCX, ADOX ----------------------------------------------------------------------------------
 
 template <class T, u16 Carry>
 bool add_one_carry(VcpuFrame& f, const Insn& i, u64 ea) {
@@ -182,7 +196,7 @@ bool add_one_carry_y(VcpuFrame& f, const Insn& i, u64 ea) {
                                  : add_one_carry<u32, Carry>(f, i, ea);
 }
 
-// --- MUL, IMUL ----------------------------------------------------------------------------------------
+// --- MUL, IMUL -----------------------------------------------------------------------------------
 
 /// One-operand multiply. The flags that MUL leaves undefined come from the host's own.
 template <class T, bool Signed>
@@ -192,14 +206,14 @@ bool multiply(VcpuFrame& f, const Insn& i, u64 ea) {
     u16 flags = f.oszapc;
     u64 low = f.gpr[kRax];
     u64 high = 0;
-#define PV_MUL(text, modifier)                                                             \
-    asm(PV_FLAGS_IN "mov %[low], %%rax\n\t" text " %" modifier "[b]\n\tmov %%rax, %[low]"  \
-        PV_FLAGS_OUT                                                                       \
-        : "+&a"(flags), "+&d"(high), [low] "+&r"(low)                                      \
-        : [b] "r"(b)                                                                       \
+#define PV_MUL(text, modifier)                                 \
+    asm(PV_FLAGS_IN "mov %[low], %%rax\n\t" text " %" modifier \
+                    "[b]\n\tmov %%rax, %[low]" PV_FLAGS_OUT    \
+        : "+&a"(flags), "+&d"(high), [low] "+&r"(low)          \
+        : [b] "r"(b)                                           \
         : "cc")
-#define PV_SIZED(text)                                  \
-    do {                                                \
+#define PV_SIZED(text)                                   \
+    do {                                                 \
         if constexpr (sizeof(T) == 1) PV_MUL(text, "b"); \
         if constexpr (sizeof(T) == 2) PV_MUL(text, "w"); \
         if constexpr (sizeof(T) == 4) PV_MUL(text, "k"); \
@@ -222,16 +236,26 @@ bool multiply(VcpuFrame& f, const Insn& i, u64 ea) {
     return true;
 }
 template <class T>
-bool mul_e(VcpuFrame& f, const Insn& i, u64 ea) { return multiply<T, false>(f, i, ea); }
+bool mul_e(VcpuFrame& f, const Insn& i, u64 ea) {
+    return multiply<T, false>(f, i, ea);
+}
 template <class T>
-bool imul_e(VcpuFrame& f, const Insn& i, u64 ea) { return multiply<T, true>(f, i, ea); }
-bool mul_ev(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_OPSIZE(mul_e); }
-bool imul_ev(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_OPSIZE(imul_e); }
+bool imul_e(VcpuFrame& f, const Insn& i, u64 ea) {
+    return multiply<T, true>(f, i, ea);
+}
+bool mul_ev(VcpuFrame& f, const Insn& i, u64 ea) {
+    return PV_BY_OPSIZE(mul_e);
+}
+bool imul_ev(VcpuFrame& f, const Insn& i, u64 ea) {
+    return PV_BY_OPSIZE(imul_e);
+}
 
 template <class T>
 inline T imul_truncated(u16& flags, T a, T b) {
     asm(PV_FLAGS_IN "imul %[b], %[a]" PV_FLAGS_OUT
-        : "+&a"(flags), [a] "+&r"(a) : [b] "r"(b) : "cc");
+        : "+&a"(flags), [a] "+&r"(a)
+        : [b] "r"(b)
+        : "cc");
     return a;
 }
 template <class T>
@@ -248,10 +272,14 @@ bool imul_gei(VcpuFrame& f, const Insn& i, u64 ea) {
     set_reg<T>(f, i, i.reg, imul_truncated(f.oszapc, b, static_cast<T>(i.imm)));
     return true;
 }
-bool imul_gev(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_OPSIZE(imul_ge); }
-bool imul_geiv(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_OPSIZE(imul_gei); }
+bool imul_gev(VcpuFrame& f, const Insn& i, u64 ea) {
+    return PV_BY_OPSIZE(imul_ge);
+}
+bool imul_geiv(VcpuFrame& f, const Insn& i, u64 ea) {
+    return PV_BY_OPSIZE(imul_gei);
+}
 
-// --- DIV, IDIV ----------------------------------------------------------------------------------------
+// --- DIV, IDIV -----------------------------------------------------------------------------------
 
 /// Divides on the host after the quotient is known to fit, so the host never takes #DE.
 template <class T, bool Signed>
@@ -282,14 +310,14 @@ bool divide(VcpuFrame& f, const Insn& i, u64 ea) {
     u16 flags = f.oszapc;
     u64 wide_low = sizeof(T) == 1 ? f.gpr[kRax] & 0xffff : low;
     u64 wide_high = high;
-#define PV_DIV(text, modifier)                                                              \
-    asm(PV_FLAGS_IN "mov %[low], %%rax\n\t" text " %" modifier "[b]\n\tmov %%rax, %[low]"   \
-        PV_FLAGS_OUT                                                                        \
-        : "+&a"(flags), "+&d"(wide_high), [low] "+&r"(wide_low)                             \
-        : [b] "r"(b)                                                                        \
+#define PV_DIV(text, modifier)                                  \
+    asm(PV_FLAGS_IN "mov %[low], %%rax\n\t" text " %" modifier  \
+                    "[b]\n\tmov %%rax, %[low]" PV_FLAGS_OUT     \
+        : "+&a"(flags), "+&d"(wide_high), [low] "+&r"(wide_low) \
+        : [b] "r"(b)                                            \
         : "cc")
-#define PV_SIZED(text)                                  \
-    do {                                                \
+#define PV_SIZED(text)                                   \
+    do {                                                 \
         if constexpr (sizeof(T) == 1) PV_DIV(text, "b"); \
         if constexpr (sizeof(T) == 2) PV_DIV(text, "w"); \
         if constexpr (sizeof(T) == 4) PV_DIV(text, "k"); \
@@ -312,18 +340,31 @@ bool divide(VcpuFrame& f, const Insn& i, u64 ea) {
     return true;
 }
 template <class T>
-bool div_e(VcpuFrame& f, const Insn& i, u64 ea) { return divide<T, false>(f, i, ea); }
+bool div_e(VcpuFrame& f, const Insn& i, u64 ea) {
+    return divide<T, false>(f, i, ea);
+}
 template <class T>
-bool idiv_e(VcpuFrame& f, const Insn& i, u64 ea) { return divide<T, true>(f, i, ea); }
-bool div_ev(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_OPSIZE(div_e); }
-bool idiv_ev(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_OPSIZE(idiv_e); }
+bool idiv_e(VcpuFrame& f, const Insn& i, u64 ea) {
+    return divide<T, true>(f, i, ea);
+}
+bool div_ev(VcpuFrame& f, const Insn& i, u64 ea) {
+    return PV_BY_OPSIZE(div_e);
+}
+bool idiv_ev(VcpuFrame& f, const Insn& i, u64 ea) {
+    return PV_BY_OPSIZE(idiv_e);
+}
 
-// --- Decimal adjustment -----------------------------------------------------------------------------------
-// Not in 64-bit mode, so the host cannot do them for us. Flags that the manuals leave undefined are those
-// of the addition or subtraction behind the adjustment, as AMD's CPUs have it.
+// --- Decimal adjustment
+// ----------------------------------------------------------------------------------- Not in 64-bit
+// mode, so the host cannot do them for us. Flags that the manuals leave undefined are those of the
+// addition or subtraction behind the adjustment, as AMD's CPUs have it.
 
-u8 al(const VcpuFrame& f) { return static_cast<u8>(f.gpr[kRax]); }
-u8 ah(const VcpuFrame& f) { return static_cast<u8>(f.gpr[kRax] >> 8); }
+u8 al(const VcpuFrame& f) {
+    return static_cast<u8>(f.gpr[kRax]);
+}
+u8 ah(const VcpuFrame& f) {
+    return static_cast<u8>(f.gpr[kRax] >> 8);
+}
 
 void set_carries(VcpuFrame& f, bool carry, bool half) {
     f.oszapc = static_cast<u16>((f.oszapc & ~(kStatusC | kStatusA)) | (carry ? kStatusC : 0) |
@@ -371,7 +412,7 @@ bool aad(VcpuFrame& f, const Insn& i, u64) {
     return true;
 }
 
-// --- Sign extension of the accumulator ------------------------------------------------------------------
+// --- Sign extension of the accumulator -----------------------------------------------------------
 
 /// CBW, CWDE, CDQE.
 bool extend_accumulator(VcpuFrame& f, const Insn& i, u64) {
@@ -386,16 +427,16 @@ bool extend_into_rdx(VcpuFrame& f, const Insn& i, u64) {
     return true;
 }
 
-#define PV_ALU_ROWS(NAME, kind)                                   \
-    bind<Op::NAME##_Eb_Gb, alu_eg<Alu::kind, u8>>(),              \
-        bind<Op::NAME##_Ev_Gv, alu_eg_v<Alu::kind>>(),            \
-        bind<Op::NAME##_Gb_Eb, alu_ge<Alu::kind, u8>>(),          \
-        bind<Op::NAME##_Gv_Ev, alu_ge_v<Alu::kind>>(),            \
-        bind<Op::NAME##_AL_Ib, alu_ai<Alu::kind, u8>>(),          \
-        bind<Op::NAME##_rAX_Iz, alu_ai_v<Alu::kind>>(),           \
-        bind<Op::NAME##_Eb_Ib, alu_ei<Alu::kind, u8>>(),          \
-        bind<Op::NAME##_Eb_Ib_82, alu_ei<Alu::kind, u8>>(),       \
-        bind<Op::NAME##_Ev_Iz, alu_ei_v<Alu::kind>>(),            \
+#define PV_ALU_ROWS(NAME, kind)                             \
+    bind<Op::NAME##_Eb_Gb, alu_eg<Alu::kind, u8>>(),        \
+        bind<Op::NAME##_Ev_Gv, alu_eg_v<Alu::kind>>(),      \
+        bind<Op::NAME##_Gb_Eb, alu_ge<Alu::kind, u8>>(),    \
+        bind<Op::NAME##_Gv_Ev, alu_ge_v<Alu::kind>>(),      \
+        bind<Op::NAME##_AL_Ib, alu_ai<Alu::kind, u8>>(),    \
+        bind<Op::NAME##_rAX_Iz, alu_ai_v<Alu::kind>>(),     \
+        bind<Op::NAME##_Eb_Ib, alu_ei<Alu::kind, u8>>(),    \
+        bind<Op::NAME##_Eb_Ib_82, alu_ei<Alu::kind, u8>>(), \
+        bind<Op::NAME##_Ev_Iz, alu_ei_v<Alu::kind>>(),      \
         bind<Op::NAME##_Ev_sIb, alu_ei_v<Alu::kind>>()
 
 const OpBinding kArithmeticOps[] = {
@@ -450,6 +491,8 @@ const OpBinding kArithmeticOps[] = {
 
 }  // namespace
 
-std::span<const OpBinding> arithmetic_ops() { return kArithmeticOps; }
+std::span<const OpBinding> arithmetic_ops() {
+    return kArithmeticOps;
+}
 
 }  // namespace polyvisor::soft

@@ -1,4 +1,5 @@
-// Bit operations: shifts and rotates, BT*, bit scans and counts, BMI1/2, CRC32, MOVBE, BSWAP, RDRAND.
+// Bit operations: shifts and rotates, BT*, bit scans and counts, BMI1/2, CRC32, MOVBE, BSWAP,
+// RDRAND.
 #include "soft/bindings.hpp"
 #include "soft/environment.hpp"
 #include "soft/operands.hpp"
@@ -6,7 +7,7 @@
 namespace polyvisor::soft {
 namespace {
 
-// --- Shifts and rotates -----------------------------------------------------------------------------
+// --- Shifts and rotates --------------------------------------------------------------------------
 
 enum class Shift { kRol, kRor, kRcl, kRcr, kShl, kShr, kSar };
 enum class Count { kImm, kOne, kCl };
@@ -14,10 +15,12 @@ enum class Count { kImm, kOne, kCl };
 /// The host masks the count as the guest's CPU would, and leaves the flags alone when it is 0.
 template <Shift K, class T>
 inline T shift(u16& flags, T a, u8 count) {
-#define PV_SHIFT(kind, text)                               \
-    if constexpr (K == Shift::kind)                        \
-    asm(PV_FLAGS_IN text " %%cl, %[a]" PV_FLAGS_OUT        \
-        : "+&a"(flags), [a] "+&r"(a) : "c"(count) : "cc")
+#define PV_SHIFT(kind, text)                        \
+    if constexpr (K == Shift::kind)                 \
+    asm(PV_FLAGS_IN text " %%cl, %[a]" PV_FLAGS_OUT \
+        : "+&a"(flags), [a] "+&r"(a)                \
+        : "c"(count)                                \
+        : "cc")
     PV_SHIFT(kRol, "rol");
     PV_SHIFT(kRor, "ror");
     PV_SHIFT(kRcl, "rcl");
@@ -37,15 +40,17 @@ inline u8 shift_count(const VcpuFrame& f, const Insn& i) {
 template <Shift K, Count C, class T>
 bool shift_e(VcpuFrame& f, const Insn& i, u64 ea) {
     u8 count = shift_count<C>(f, i);
-    return modify<T>(
-        f, i, ea, [&](T a) { return shift<K>(f.oszapc, a, count); }, [](T*) {});
+    return modify<T>(f, i, ea, [&](T a) { return shift<K>(f.oszapc, a, count); }, [](T*) {});
 }
 template <Shift K, Count C>
 bool shift_e_v(VcpuFrame& f, const Insn& i, u64 ea) {
     switch (i.opsize) {
-        case 4: return shift_e<K, C, u32>(f, i, ea);
-        case 8: return shift_e<K, C, u64>(f, i, ea);
-        default: return shift_e<K, C, u16>(f, i, ea);
+        case 4:
+            return shift_e<K, C, u32>(f, i, ea);
+        case 8:
+            return shift_e<K, C, u64>(f, i, ea);
+        default:
+            return shift_e<K, C, u16>(f, i, ea);
     }
 }
 
@@ -58,10 +63,14 @@ bool double_shift(VcpuFrame& f, const Insn& i, u64 ea) {
         [&](T a) {
             if constexpr (Left) {
                 asm(PV_FLAGS_IN "shld %%cl, %[b], %[a]" PV_FLAGS_OUT
-                    : "+&a"(f.oszapc), [a] "+&r"(a) : [b] "r"(from), "c"(count) : "cc");
+                    : "+&a"(f.oszapc), [a] "+&r"(a)
+                    : [b] "r"(from), "c"(count)
+                    : "cc");
             } else {
                 asm(PV_FLAGS_IN "shrd %%cl, %[b], %[a]" PV_FLAGS_OUT
-                    : "+&a"(f.oszapc), [a] "+&r"(a) : [b] "r"(from), "c"(count) : "cc");
+                    : "+&a"(f.oszapc), [a] "+&r"(a)
+                    : [b] "r"(from), "c"(count)
+                    : "cc");
             }
             return a;
         },
@@ -70,22 +79,27 @@ bool double_shift(VcpuFrame& f, const Insn& i, u64 ea) {
 template <bool Left, Count C>
 bool double_shift_v(VcpuFrame& f, const Insn& i, u64 ea) {
     switch (i.opsize) {
-        case 4: return double_shift<Left, C, u32>(f, i, ea);
-        case 8: return double_shift<Left, C, u64>(f, i, ea);
-        default: return double_shift<Left, C, u16>(f, i, ea);
+        case 4:
+            return double_shift<Left, C, u32>(f, i, ea);
+        case 8:
+            return double_shift<Left, C, u64>(f, i, ea);
+        default:
+            return double_shift<Left, C, u16>(f, i, ea);
     }
 }
 
-// --- BT, BTS, BTR, BTC ------------------------------------------------------------------------------
+// --- BT, BTS, BTR, BTC ---------------------------------------------------------------------------
 
 enum class Bit { kTest, kSet, kReset, kComplement };
 
 template <Bit K, class T>
 inline T bit_op(u16& flags, T a, T offset) {
-#define PV_BIT(kind, text)                                  \
-    if constexpr (K == Bit::kind)                           \
-    asm(PV_FLAGS_IN text " %[b], %[a]" PV_FLAGS_OUT         \
-        : "+&a"(flags), [a] "+&r"(a) : [b] "r"(offset) : "cc")
+#define PV_BIT(kind, text)                          \
+    if constexpr (K == Bit::kind)                   \
+    asm(PV_FLAGS_IN text " %[b], %[a]" PV_FLAGS_OUT \
+        : "+&a"(flags), [a] "+&r"(a)                \
+        : [b] "r"(offset)                           \
+        : "cc")
     PV_BIT(kTest, "bt");
     PV_BIT(kSet, "bts");
     PV_BIT(kReset, "btr");
@@ -96,10 +110,12 @@ inline T bit_op(u16& flags, T a, T offset) {
 /// offset < bits of T: a register offset would reach beyond the operand.
 template <Bit K, class T>
 inline void bit_op_locked(u16& flags, T* p, T offset) {
-#define PV_BIT(kind, text)                                        \
-    if constexpr (K == Bit::kind)                                 \
+#define PV_BIT(kind, text)                                           \
+    if constexpr (K == Bit::kind)                                    \
     asm volatile(PV_FLAGS_IN "lock " text " %[b], %[p]" PV_FLAGS_OUT \
-        : "+&a"(flags), [p] "+m"(*p) : [b] "r"(offset) : "cc", "memory")
+                 : "+&a"(flags), [p] "+m"(*p)                        \
+                 : [b] "r"(offset)                                   \
+                 : "cc", "memory")
     PV_BIT(kSet, "bts");
     PV_BIT(kReset, "btr");
     PV_BIT(kComplement, "btc");
@@ -138,42 +154,54 @@ bool bit_ei(VcpuFrame& f, const Insn& i, u64 ea) {
 template <Bit K>
 bool bit_eg_v(VcpuFrame& f, const Insn& i, u64 ea) {
     switch (i.opsize) {
-        case 4: return bit_eg<K, u32>(f, i, ea);
-        case 8: return bit_eg<K, u64>(f, i, ea);
-        default: return bit_eg<K, u16>(f, i, ea);
+        case 4:
+            return bit_eg<K, u32>(f, i, ea);
+        case 8:
+            return bit_eg<K, u64>(f, i, ea);
+        default:
+            return bit_eg<K, u16>(f, i, ea);
     }
 }
 template <Bit K>
 bool bit_ei_v(VcpuFrame& f, const Insn& i, u64 ea) {
     switch (i.opsize) {
-        case 4: return bit_ei<K, u32>(f, i, ea);
-        case 8: return bit_ei<K, u64>(f, i, ea);
-        default: return bit_ei<K, u16>(f, i, ea);
+        case 4:
+            return bit_ei<K, u32>(f, i, ea);
+        case 8:
+            return bit_ei<K, u64>(f, i, ea);
+        default:
+            return bit_ei<K, u16>(f, i, ea);
     }
 }
 
-// --- Scans and counts -------------------------------------------------------------------------------
+// --- Scans and counts ----------------------------------------------------------------------------
 
 enum class Scan { kBsf, kBsr, kTzcnt, kLzcnt, kPopcnt };
 
-/// On whole registers: BSF and BSR leave the destination alone when the source is 0, how much of it is
-/// the host's to say.
+/// On whole registers: BSF and BSR leave the destination alone when the source is 0, how much of it
+/// is the host's to say.
 template <Scan K, class T>
 bool scan(VcpuFrame& f, const Insn& i, u64 ea) {
     T source;
     if (!read_e(f, i, ea, source)) return false;
     u64 result = f.gpr[i.reg];
-#define PV_SCAN(kind, text)                                                                  \
-    if constexpr (K == Scan::kind) {                                                         \
-        if constexpr (sizeof(T) == 2)                                                        \
-            asm(PV_FLAGS_IN text " %w[s], %w[d]" PV_FLAGS_OUT                                \
-                : "+&a"(f.oszapc), [d] "+&r"(result) : [s] "r"(source) : "cc");              \
-        if constexpr (sizeof(T) == 4)                                                        \
-            asm(PV_FLAGS_IN text " %k[s], %k[d]" PV_FLAGS_OUT                                \
-                : "+&a"(f.oszapc), [d] "+&r"(result) : [s] "r"(source) : "cc");              \
-        if constexpr (sizeof(T) == 8)                                                        \
-            asm(PV_FLAGS_IN text " %q[s], %q[d]" PV_FLAGS_OUT                                \
-                : "+&a"(f.oszapc), [d] "+&r"(result) : [s] "r"(source) : "cc");              \
+#define PV_SCAN(kind, text)                                   \
+    if constexpr (K == Scan::kind) {                          \
+        if constexpr (sizeof(T) == 2)                         \
+            asm(PV_FLAGS_IN text " %w[s], %w[d]" PV_FLAGS_OUT \
+                : "+&a"(f.oszapc), [d] "+&r"(result)          \
+                : [s] "r"(source)                             \
+                : "cc");                                      \
+        if constexpr (sizeof(T) == 4)                         \
+            asm(PV_FLAGS_IN text " %k[s], %k[d]" PV_FLAGS_OUT \
+                : "+&a"(f.oszapc), [d] "+&r"(result)          \
+                : [s] "r"(source)                             \
+                : "cc");                                      \
+        if constexpr (sizeof(T) == 8)                         \
+            asm(PV_FLAGS_IN text " %q[s], %q[d]" PV_FLAGS_OUT \
+                : "+&a"(f.oszapc), [d] "+&r"(result)          \
+                : [s] "r"(source)                             \
+                : "cc");                                      \
     }
     PV_SCAN(kBsf, "bsf")
     PV_SCAN(kBsr, "bsr")
@@ -187,14 +215,18 @@ bool scan(VcpuFrame& f, const Insn& i, u64 ea) {
 template <Scan K>
 bool scan_v(VcpuFrame& f, const Insn& i, u64 ea) {
     switch (i.opsize) {
-        case 4: return scan<K, u32>(f, i, ea);
-        case 8: return scan<K, u64>(f, i, ea);
-        default: return scan<K, u16>(f, i, ea);
+        case 4:
+            return scan<K, u32>(f, i, ea);
+        case 8:
+            return scan<K, u64>(f, i, ea);
+        default:
+            return scan<K, u16>(f, i, ea);
     }
 }
 
-// --- BMI1, BMI2 -------------------------------------------------------------------------------------
-// y operands: 8 bytes with W in 64-bit mode, else 4.
+// --- BMI1, BMI2
+// ------------------------------------------------------------------------------------- y operands:
+// 8 bytes with W in 64-bit mode, else 4.
 
 #define PV_BY_Y(call) (i.rex_w && f.long64() ? call<u64>(f, i, ea) : call<u32>(f, i, ea))
 
@@ -205,11 +237,14 @@ bool andn_y(VcpuFrame& f, const Insn& i, u64 ea) {
     T result;
     asm(PV_FLAGS_IN "andn %[b], %[a], %[r]" PV_FLAGS_OUT
         : "+&a"(f.oszapc), [r] "=&r"(result)
-        : [a] "r"(get_reg<T>(f, i, i.vvvv)), [b] "r"(b) : "cc");
+        : [a] "r"(get_reg<T>(f, i, i.vvvv)), [b] "r"(b)
+        : "cc");
     set_reg<T>(f, i, i.reg, result);
     return true;
 }
-bool andn(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_Y(andn_y); }
+bool andn(VcpuFrame& f, const Insn& i, u64 ea) {
+    return PV_BY_Y(andn_y);
+}
 
 enum class Lowest { kBlsr, kBlsmsk, kBlsi };
 template <Lowest K, class T>
@@ -217,10 +252,12 @@ bool lowest_y(VcpuFrame& f, const Insn& i, u64 ea) {
     T source;
     if (!read_e(f, i, ea, source)) return false;
     T result = 0;
-#define PV_LOWEST(kind, text)                         \
-    if constexpr (K == Lowest::kind)                  \
-    asm(PV_FLAGS_IN text " %[s], %[r]" PV_FLAGS_OUT   \
-        : "+&a"(f.oszapc), [r] "=&r"(result) : [s] "r"(source) : "cc")
+#define PV_LOWEST(kind, text)                       \
+    if constexpr (K == Lowest::kind)                \
+    asm(PV_FLAGS_IN text " %[s], %[r]" PV_FLAGS_OUT \
+        : "+&a"(f.oszapc), [r] "=&r"(result)        \
+        : [s] "r"(source)                           \
+        : "cc")
     PV_LOWEST(kBlsr, "blsr");
     PV_LOWEST(kBlsmsk, "blsmsk");
     PV_LOWEST(kBlsi, "blsi");
@@ -242,10 +279,14 @@ bool extract_y(VcpuFrame& f, const Insn& i, u64 ea) {
     T result;
     if constexpr (Extract) {
         asm(PV_FLAGS_IN "bextr %[c], %[s], %[r]" PV_FLAGS_OUT
-            : "+&a"(f.oszapc), [r] "=&r"(result) : [s] "r"(source), [c] "r"(control) : "cc");
+            : "+&a"(f.oszapc), [r] "=&r"(result)
+            : [s] "r"(source), [c] "r"(control)
+            : "cc");
     } else {
         asm(PV_FLAGS_IN "bzhi %[c], %[s], %[r]" PV_FLAGS_OUT
-            : "+&a"(f.oszapc), [r] "=&r"(result) : [s] "r"(source), [c] "r"(control) : "cc");
+            : "+&a"(f.oszapc), [r] "=&r"(result)
+            : [s] "r"(source), [c] "r"(control)
+            : "cc");
     }
     set_reg<T>(f, i, i.reg, result);
     return true;
@@ -286,7 +327,9 @@ bool mulx_y(VcpuFrame& f, const Insn& i, u64 ea) {
     set_reg<T>(f, i, i.reg, static_cast<T>(product >> (sizeof(T) * 8)));
     return true;
 }
-bool mulx(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_Y(mulx_y); }
+bool mulx(VcpuFrame& f, const Insn& i, u64 ea) {
+    return PV_BY_Y(mulx_y);
+}
 
 template <class T>
 bool rorx_y(VcpuFrame& f, const Insn& i, u64 ea) {
@@ -295,7 +338,9 @@ bool rorx_y(VcpuFrame& f, const Insn& i, u64 ea) {
     set_reg<T>(f, i, i.reg, std::rotr(a, static_cast<int>(i.imm & (sizeof(T) * 8 - 1))));
     return true;
 }
-bool rorx(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_Y(rorx_y); }
+bool rorx(VcpuFrame& f, const Insn& i, u64 ea) {
+    return PV_BY_Y(rorx_y);
+}
 
 template <Shift K, class T>
 bool shift_x_y(VcpuFrame& f, const Insn& i, u64 ea) {
@@ -318,7 +363,7 @@ bool shift_x(VcpuFrame& f, const Insn& i, u64 ea) {
     return i.rex_w && f.long64() ? shift_x_y<K, u64>(f, i, ea) : shift_x_y<K, u32>(f, i, ea);
 }
 
-// --- CRC32, MOVBE, BSWAP ------------------------------------------------------------------------------
+// --- CRC32, MOVBE, BSWAP -------------------------------------------------------------------------
 
 template <class T>
 bool crc32_e(VcpuFrame& f, const Insn& i, u64 ea) {
@@ -332,7 +377,9 @@ bool crc32_e(VcpuFrame& f, const Insn& i, u64 ea) {
     f.gpr[i.reg] = crc;
     return true;
 }
-bool crc32_ev(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_OPSIZE(crc32_e); }
+bool crc32_ev(VcpuFrame& f, const Insn& i, u64 ea) {
+    return PV_BY_OPSIZE(crc32_e);
+}
 
 template <class T>
 inline T swap_bytes(T value) {
@@ -351,8 +398,12 @@ template <class T>
 bool movbe_store(VcpuFrame& f, const Insn& i, u64 ea) {
     return store(f, i, ea, swap_bytes(get_reg<T>(f, i, i.reg)));
 }
-bool movbe_gm(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_OPSIZE(movbe_load); }
-bool movbe_mg(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_OPSIZE(movbe_store); }
+bool movbe_gm(VcpuFrame& f, const Insn& i, u64 ea) {
+    return PV_BY_OPSIZE(movbe_load);
+}
+bool movbe_mg(VcpuFrame& f, const Insn& i, u64 ea) {
+    return PV_BY_OPSIZE(movbe_store);
+}
 
 /// 16-bit BSWAP is undefined: as the host does it.
 bool bswap(VcpuFrame& f, const Insn& i, u64) {
@@ -368,13 +419,13 @@ bool bswap(VcpuFrame& f, const Insn& i, u64) {
     return true;
 }
 
-// --- RDRAND, RDSEED -------------------------------------------------------------------------------------
+// --- RDRAND, RDSEED ------------------------------------------------------------------------------
 
-/// Deterministic mode: a hash (splitmix64's finalizer) of virtual time, the place and the CPU, so that
-/// it needs no state of its own and goes on the same after a snapshot.
+/// Deterministic mode: a hash (splitmix64's finalizer) of virtual time, the place and the CPU, so
+/// that it needs no state of its own and goes on the same after a snapshot.
 u64 deterministic_random(VcpuFrame& f, const Insn& i) {
-    u64 x = read_tsc(f) * 0x9e3779b97f4a7c15 + current_ip(f, i) +
-            (u64{environment(f).id} << 56) + (f.retired << 20);
+    u64 x = read_tsc(f) * 0x9e3779b97f4a7c15 + current_ip(f, i) + (u64{environment(f).id} << 56) +
+            (f.retired << 20);
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
     x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
     return x ^ (x >> 31);
@@ -454,6 +505,8 @@ const OpBinding kBitOps[] = {
 
 }  // namespace
 
-std::span<const OpBinding> bit_ops() { return kBitOps; }
+std::span<const OpBinding> bit_ops() {
+    return kBitOps;
+}
 
 }  // namespace polyvisor::soft

@@ -40,12 +40,16 @@ bool read_target(VcpuFrame& f, const Insn& i, u64 ea, u64& ip) {
                            : load_target<u16>(f, i, ea, ip);
 }
 
-bool jmp_j(VcpuFrame& f, const Insn& i, u64) { return jump(f, i, f.rip + i.imm); }
+bool jmp_j(VcpuFrame& f, const Insn& i, u64) {
+    return jump(f, i, f.rip + i.imm);
+}
 bool jmp_e(VcpuFrame& f, const Insn& i, u64 ea) {
     u64 ip;
     return read_target(f, i, ea, ip) && jump(f, i, ip);
 }
-bool call_j(VcpuFrame& f, const Insn& i, u64) { return call(f, i, f.rip + i.imm); }
+bool call_j(VcpuFrame& f, const Insn& i, u64) {
+    return call(f, i, f.rip + i.imm);
+}
 bool call_e(VcpuFrame& f, const Insn& i, u64 ea) {
     u64 ip;
     return read_target(f, i, ea, ip) && call(f, i, ip);
@@ -92,10 +96,22 @@ const OpBinding kBranchOps[] = {
     bind<Op::CALL_Ev, call_e>(),
     bind<Op::RET, ret<false>>(),
     bind<Op::RET_Iw, ret<true>>(),
-    PV_JCC_ROWS(O), PV_JCC_ROWS(NO), PV_JCC_ROWS(B), PV_JCC_ROWS(NB),
-    PV_JCC_ROWS(Z), PV_JCC_ROWS(NZ), PV_JCC_ROWS(BE), PV_JCC_ROWS(NBE),
-    PV_JCC_ROWS(S), PV_JCC_ROWS(NS), PV_JCC_ROWS(P), PV_JCC_ROWS(NP),
-    PV_JCC_ROWS(L), PV_JCC_ROWS(NL), PV_JCC_ROWS(LE), PV_JCC_ROWS(NLE),
+    PV_JCC_ROWS(O),
+    PV_JCC_ROWS(NO),
+    PV_JCC_ROWS(B),
+    PV_JCC_ROWS(NB),
+    PV_JCC_ROWS(Z),
+    PV_JCC_ROWS(NZ),
+    PV_JCC_ROWS(BE),
+    PV_JCC_ROWS(NBE),
+    PV_JCC_ROWS(S),
+    PV_JCC_ROWS(NS),
+    PV_JCC_ROWS(P),
+    PV_JCC_ROWS(NP),
+    PV_JCC_ROWS(L),
+    PV_JCC_ROWS(NL),
+    PV_JCC_ROWS(LE),
+    PV_JCC_ROWS(NLE),
     bind<Op::LOOP_Jb, loop<Loop::kPlain>>(),
     bind<Op::LOOPE_Jb, loop<Loop::kWhileZero>>(),
     bind<Op::LOOPNE_Jb, loop<Loop::kWhileNotZero>>(),
@@ -104,6 +120,8 @@ const OpBinding kBranchOps[] = {
 
 }  // namespace
 
-std::span<const OpBinding> branch_ops() { return kBranchOps; }
+std::span<const OpBinding> branch_ops() {
+    return kBranchOps;
+}
 
 }  // namespace polyvisor::soft

@@ -1,5 +1,5 @@
-// Data movement: MOV and its kin, XCHG, XADD, CMPXCHG*, LEA, the stack (PUSH, POP, PUSHA, POPA, ENTER,
-// LEAVE), XLAT, single flags, SETcc, CMOVcc, hints and fences, BOUND, UD.
+// Data movement: MOV and its kin, XCHG, XADD, CMPXCHG*, LEA, the stack (PUSH, POP, PUSHA, POPA,
+// ENTER, LEAVE), XLAT, single flags, SETcc, CMOVcc, hints and fences, BOUND, UD.
 #include "soft/bindings.hpp"
 #include "soft/operands.hpp"
 
@@ -12,7 +12,7 @@ std::mutex& split_lock() {
 
 namespace {
 
-// --- MOV ------------------------------------------------------------------------------------------------
+// --- MOV -----------------------------------------------------------------------------------------
 
 template <class T>
 bool mov_eg(VcpuFrame& f, const Insn& i, u64 ea) {
@@ -40,11 +40,21 @@ template <class T>
 bool mov_oa(VcpuFrame& f, const Insn& i, u64 ea) {
     return store(f, i, ea, static_cast<T>(f.gpr[kRax]));
 }
-bool mov_eg_v(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_OPSIZE(mov_eg); }
-bool mov_ge_v(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_OPSIZE(mov_ge); }
-bool mov_ei_v(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_OPSIZE(mov_ei); }
-bool mov_ao_v(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_OPSIZE(mov_ao); }
-bool mov_oa_v(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_OPSIZE(mov_oa); }
+bool mov_eg_v(VcpuFrame& f, const Insn& i, u64 ea) {
+    return PV_BY_OPSIZE(mov_eg);
+}
+bool mov_ge_v(VcpuFrame& f, const Insn& i, u64 ea) {
+    return PV_BY_OPSIZE(mov_ge);
+}
+bool mov_ei_v(VcpuFrame& f, const Insn& i, u64 ea) {
+    return PV_BY_OPSIZE(mov_ei);
+}
+bool mov_ao_v(VcpuFrame& f, const Insn& i, u64 ea) {
+    return PV_BY_OPSIZE(mov_ao);
+}
+bool mov_oa_v(VcpuFrame& f, const Insn& i, u64 ea) {
+    return PV_BY_OPSIZE(mov_oa);
+}
 
 bool mov_zi_b(VcpuFrame& f, const Insn& i, u64) {
     *reg8(f, i, i.rm) = static_cast<u8>(i.imm);
@@ -78,7 +88,7 @@ bool xlat(VcpuFrame& f, const Insn& i, u64) {
     return true;
 }
 
-// --- Exchanges ------------------------------------------------------------------------------------------
+// --- Exchanges -----------------------------------------------------------------------------------
 
 /// With memory always locked, LOCK prefix or not (SDM 3A 9.1.2.1).
 template <class T>
@@ -95,7 +105,10 @@ bool xchg_eg(VcpuFrame& f, const Insn& i, u64 ea) {
     T old;
     if (target.host) {
         old = value;
-        asm volatile("xchg %0, %1" : "+r"(old), "+m"(*reinterpret_cast<T*>(target.host)) : : "memory");
+        asm volatile("xchg %0, %1"
+                     : "+r"(old), "+m"(*reinterpret_cast<T*>(target.host))
+                     :
+                     : "memory");
     } else {
         std::lock_guard guard(split_lock());
         if (!target.read(f, old) || !target.write(f, value)) return false;
@@ -103,7 +116,9 @@ bool xchg_eg(VcpuFrame& f, const Insn& i, u64 ea) {
     set_reg<T>(f, i, i.reg, old);
     return true;
 }
-bool xchg_eg_v(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_OPSIZE(xchg_eg); }
+bool xchg_eg_v(VcpuFrame& f, const Insn& i, u64 ea) {
+    return PV_BY_OPSIZE(xchg_eg);
+}
 bool xchg_za(VcpuFrame& f, const Insn& i, u64) {
     u64 value = f.gpr[i.rm];
     write_reg(f, i.rm, i.opsize, f.gpr[kRax]);
@@ -136,21 +151,25 @@ bool xadd_eg(VcpuFrame& f, const Insn& i, u64 ea) {
         [&](T* p) {
             old = addend;
             asm volatile("lock xadd %[b], %[p]" PV_FLAGS_OUT
-                         : "=&a"(f.oszapc), [p] "+m"(*p), [b] "+&r"(old) : : "cc", "memory");
+                         : "=&a"(f.oszapc), [p] "+m"(*p), [b] "+&r"(old)
+                         :
+                         : "cc", "memory");
         });
     if (ok) set_reg<T>(f, i, i.reg, old);
     return ok;
 }
-bool xadd_eg_v(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_OPSIZE(xadd_eg); }
+bool xadd_eg_v(VcpuFrame& f, const Insn& i, u64 ea) {
+    return PV_BY_OPSIZE(xadd_eg);
+}
 
 /// Whole registers through the host's instruction: what becomes of the upper halves is the host's.
 template <class T>
 inline void cmpxchg_registers(u16& flags, u64& accumulator, u64& destination, u64 source) {
     u64 rax = accumulator;
-#define PV_CMPXCHG(modifier)                                                                     \
-    asm("cmpxchg %" modifier "[s], %" modifier "[d]\n\tmov %%rax, %[acc]" PV_FLAGS_OUT           \
-        : "+&a"(rax), [d] "+&r"(destination), [acc] "=&r"(accumulator)                           \
-        : [s] "r"(source)                                                                        \
+#define PV_CMPXCHG(modifier)                                                           \
+    asm("cmpxchg %" modifier "[s], %" modifier "[d]\n\tmov %%rax, %[acc]" PV_FLAGS_OUT \
+        : "+&a"(rax), [d] "+&r"(destination), [acc] "=&r"(accumulator)                 \
+        : [s] "r"(source)                                                              \
         : "cc")
     if constexpr (sizeof(T) == 1) PV_CMPXCHG("b");
     if constexpr (sizeof(T) == 2) PV_CMPXCHG("w");
@@ -184,7 +203,8 @@ bool cmpxchg_eg(VcpuFrame& f, const Insn& i, u64 ea) {
             u64 rax = accumulator;
             asm volatile("lock cmpxchg %[s], %[p]\n\tmov %%rax, %[acc]" PV_FLAGS_OUT
                          : "+&a"(rax), [p] "+m"(*p), [acc] "=&r"(accumulator)
-                         : [s] "r"(source) : "cc", "memory");
+                         : [s] "r"(source)
+                         : "cc", "memory");
             f.oszapc = static_cast<u16>(rax);
         });
     if (!ok) return false;
@@ -196,10 +216,12 @@ bool cmpxchg_eg(VcpuFrame& f, const Insn& i, u64 ea) {
     }
     return true;
 }
-bool cmpxchg_eg_v(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_OPSIZE(cmpxchg_eg); }
+bool cmpxchg_eg_v(VcpuFrame& f, const Insn& i, u64 ea) {
+    return PV_BY_OPSIZE(cmpxchg_eg);
+}
 
-/// CMPXCHG8B and CMPXCHG16B; T is half of the operand. On a host page always atomic: it costs little
-/// and is never wrong.
+/// CMPXCHG8B and CMPXCHG16B; T is half of the operand. On a host page always atomic: it costs
+/// little and is never wrong.
 template <class T>
 bool cmpxchg_pair(VcpuFrame& f, const Insn& i, u64 ea) {
     struct Pair {
@@ -222,11 +244,13 @@ bool cmpxchg_pair(VcpuFrame& f, const Insn& i, u64 ea) {
         if constexpr (sizeof(T) == 4) {
             asm volatile("lock cmpxchg8b %[p]\n\tsetz %[equal]"
                          : [p] "+m"(*p), "+a"(found.low), "+d"(found.high), [equal] "=q"(equal)
-                         : "b"(replacement.low), "c"(replacement.high) : "cc", "memory");
+                         : "b"(replacement.low), "c"(replacement.high)
+                         : "cc", "memory");
         } else {
             asm volatile("lock cmpxchg16b %[p]\n\tsetz %[equal]"
                          : [p] "+m"(*p), "+a"(found.low), "+d"(found.high), [equal] "=q"(equal)
-                         : "b"(replacement.low), "c"(replacement.high) : "cc", "memory");
+                         : "b"(replacement.low), "c"(replacement.high)
+                         : "cc", "memory");
         }
     } else {
         std::lock_guard guard(split_lock());
@@ -244,16 +268,22 @@ bool cmpxchg_pair(VcpuFrame& f, const Insn& i, u64 ea) {
     return true;
 }
 
-// --- The stack --------------------------------------------------------------------------------------------
+// --- The stack -----------------------------------------------------------------------------------
 
-bool push_z(VcpuFrame& f, const Insn& i, u64) { return push(f, f.gpr[i.rm], i.opsize); }
-bool push_i(VcpuFrame& f, const Insn& i, u64) { return push(f, i.imm, i.opsize); }
+bool push_z(VcpuFrame& f, const Insn& i, u64) {
+    return push(f, f.gpr[i.rm], i.opsize);
+}
+bool push_i(VcpuFrame& f, const Insn& i, u64) {
+    return push(f, i.imm, i.opsize);
+}
 template <class T>
 bool push_e_sized(VcpuFrame& f, const Insn& i, u64 ea) {
     T value;
     return read_e(f, i, ea, value) && push(f, value, sizeof(T));
 }
-bool push_e(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_OPSIZE(push_e_sized); }
+bool push_e(VcpuFrame& f, const Insn& i, u64 ea) {
+    return PV_BY_OPSIZE(push_e_sized);
+}
 
 /// POP rSP: the popped value wins over the increment.
 bool pop_z(VcpuFrame& f, const Insn& i, u64) {
@@ -277,7 +307,9 @@ bool pop_e_sized(VcpuFrame& f, const Insn& i, u64 ea) {
     write_reg(f, i.rm, sizeof(T), value);
     return true;
 }
-bool pop_e(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_OPSIZE(pop_e_sized); }
+bool pop_e(VcpuFrame& f, const Insn& i, u64 ea) {
+    return PV_BY_OPSIZE(pop_e_sized);
+}
 
 bool pusha(VcpuFrame& f, const Insn& i, u64) {
     u64 rsp = f.gpr[kRsp];
@@ -355,7 +387,7 @@ bool leave(VcpuFrame& f, const Insn& i, u64) {
     return true;
 }
 
-// --- Flags and conditions -----------------------------------------------------------------------------------
+// --- Flags and conditions ------------------------------------------------------------------------
 
 bool lahf(VcpuFrame& f, const Insn&, u64) {
     u8 ah = static_cast<u8>((f.oszapc >> 8 & 0xd5) | 2);
@@ -403,11 +435,15 @@ bool cmov_sized(VcpuFrame& f, const Insn& i, u64 ea) {
     set_reg<T>(f, i, i.reg, value);
     return true;
 }
-bool cmov(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_OPSIZE(cmov_sized); }
+bool cmov(VcpuFrame& f, const Insn& i, u64 ea) {
+    return PV_BY_OPSIZE(cmov_sized);
+}
 
-// --- Hints, BOUND, UD ---------------------------------------------------------------------------------------
+// --- Hints, BOUND, UD ----------------------------------------------------------------------------
 
-bool nop(VcpuFrame&, const Insn&, u64) { return true; }
+bool nop(VcpuFrame&, const Insn&, u64) {
+    return true;
+}
 bool pause(VcpuFrame&, const Insn&, u64) {
     asm volatile("pause");
     return true;
@@ -433,7 +469,8 @@ bool movnti(VcpuFrame& f, const Insn& i, u64 ea) {
                          : store(f, i, ea, static_cast<u32>(f.gpr[i.reg]));
 }
 
-/// CLFLUSH, CLFLUSHOPT, CLWB: memory is coherent, so that only the address is checked, as for a read.
+/// CLFLUSH, CLFLUSHOPT, CLWB: memory is coherent, so that only the address is checked, as for a
+/// read.
 bool flush_line(VcpuFrame& f, const Insn& i, u64 ea) {
     u64 linear;
     if (!linear_address(f, i.segment, ea, 1, false, linear)) return false;
@@ -452,9 +489,11 @@ bool bound(VcpuFrame& f, const Insn& i, u64 ea) {
     return i.opsize == 2 ? bound_sized<s16>(f, i, ea) : bound_sized<s32>(f, i, ea);
 }
 
-bool ud(VcpuFrame& f, const Insn&, u64) { return raise_ud(f); }
+bool ud(VcpuFrame& f, const Insn&, u64) {
+    return raise_ud(f);
+}
 
-#define PV_CONDITIONS(row)                                                                        \
+#define PV_CONDITIONS(row)                                                                         \
     row(O), row(NO), row(B), row(NB), row(Z), row(NZ), row(BE), row(NBE), row(S), row(NS), row(P), \
         row(NP), row(L), row(NL), row(LE), row(NLE)
 #define PV_SET_ROW(cc) bind<Op::SET##cc##_Eb, setcc>()
@@ -545,6 +584,8 @@ const OpBinding kDataOps[] = {
 
 }  // namespace
 
-std::span<const OpBinding> data_ops() { return kDataOps; }
+std::span<const OpBinding> data_ops() {
+    return kDataOps;
+}
 
 }  // namespace polyvisor::soft

@@ -1,11 +1,11 @@
 // String instructions: MOVS, STOS, LODS, CMPS, SCAS, alone and repeated.
 //
 // A repeated one works in runs: as many elements as lie in one page of RAM at either end, done with
-// host memory functions where they cannot be told from one element at a time. What no run covers (page
-// crossings, MMIO, a limit in the middle, anything that faults) is done one element at a time, which
-// is the exact reference: rSI, rDI and rCX are written after every run or element, so a fault finds
-// them as the architecture wants. After 64 KiB, or each element while single-stepping, the
-// instruction restarts itself so that interrupts (and the trap) are taken between elements.
+// host memory functions where they cannot be told from one element at a time. What no run covers
+// (page crossings, MMIO, a limit in the middle, anything that faults) is done one element at a
+// time, which is the exact reference: rSI, rDI and rCX are written after every run or element, so a
+// fault finds them as the architecture wants. After 64 KiB, or each element while single-stepping,
+// the instruction restarts itself so that interrupts (and the trap) are taken between elements.
 #include <algorithm>
 
 #include "soft/bindings.hpp"
@@ -56,8 +56,8 @@ struct Cursor {
     const bool backward;
 };
 
-/// The number of elements, at most `count`, from `offset` on in the direction of the cursor that lie in
-/// one page of RAM; `first` is the host address of the first. 0: none, or it would fault.
+/// The number of elements, at most `count`, from `offset` on in the direction of the cursor that
+/// lie in one page of RAM; `first` is the host address of the first. 0: none, or it would fault.
 template <bool Write, class T>
 u64 find_run(const Cursor<T>& cursor, u8 segment, u64 offset, u64 count, u8*& first) {
     VcpuFrame& f = cursor.f;
@@ -89,9 +89,9 @@ u64 find_run(const Cursor<T>& cursor, u8 segment, u64 offset, u64 count, u8*& fi
     if (linear + tag <= kPageSize - bytes) {
         low = reinterpret_cast<u8*>(linear + f.tlb_now->addend[entry]);
     } else {
-        low = Write ? writable_host(f, linear, bytes, Privilege::kCurrent, segment)
-                    : const_cast<u8*>(
-                          readable_host(f, linear, bytes, Privilege::kCurrent, segment));
+        low = Write
+                  ? writable_host(f, linear, bytes, Privilege::kCurrent, segment)
+                  : const_cast<u8*>(readable_host(f, linear, bytes, Privilege::kCurrent, segment));
         if (!low) {
             f.fault = Fault{};
             return 0;
@@ -108,9 +108,9 @@ T element(const u8* p) {
     return value;
 }
 
-/// Runs `step` until rCX is 0. step(count) does up to `count` elements with the host's functions and
-/// returns how many; one() does exactly one element and returns false when it faulted. `stop` is set
-/// by either to end the repetition.
+/// Runs `step` until rCX is 0. step(count) does up to `count` elements with the host's functions
+/// and returns how many; one() does exactly one element and returns false when it faulted. `stop`
+/// is set by either to end the repetition.
 template <class T, class Step, class One>
 bool repeat(Cursor<T>& cursor, const bool& stop, Step&& step, One&& one) {
     VcpuFrame& f = cursor.f;
@@ -133,7 +133,7 @@ bool repeat(Cursor<T>& cursor, const bool& stop, Step&& step, One&& one) {
     return true;
 }
 
-// --- MOVS -----------------------------------------------------------------------------------------------
+// --- MOVS ----------------------------------------------------------------------------------------
 
 /// Copies n elements as if one by one from `source` to `destination`, which may overlap.
 template <class T>
@@ -141,7 +141,8 @@ void copy_elements(u8* destination, const u8* source, u64 n, bool backward) {
     constexpr u64 size = sizeof(T);
     u64 bytes = n * size;
     if (backward) {
-        u64 distance = static_cast<u64>(source - destination);  // > 0 and small: reads what it wrote
+        u64 distance =
+            static_cast<u64>(source - destination);  // > 0 and small: reads what it wrote
         if (distance - 1 >= bytes - 1) {
             u64 back = bytes - size;
             std::memmove(destination - back, source - back, bytes);
@@ -156,7 +157,7 @@ void copy_elements(u8* destination, const u8* source, u64 n, bool backward) {
     u64 distance = static_cast<u64>(destination - source);
     if (distance - 1 >= bytes - 1) {  // 0, or no overlap in this direction
         std::memmove(destination, source, bytes);
-    } else if (distance >= 32) {      // a pattern of `distance` bytes repeats itself
+    } else if (distance >= 32) {  // a pattern of `distance` bytes repeats itself
         for (u64 k = 0; k < bytes; k += distance) {
             std::memcpy(destination + k, source + k, std::min(distance, bytes - k));
         }
@@ -197,7 +198,7 @@ bool movs(VcpuFrame& f, const Insn& i, u64) {
     return repeat(cursor, false, run, one);
 }
 
-// --- STOS, LODS -------------------------------------------------------------------------------------------
+// --- STOS, LODS ----------------------------------------------------------------------------------
 
 template <class T>
 bool stos(VcpuFrame& f, const Insn& i, u64) {
@@ -250,9 +251,9 @@ bool lods(VcpuFrame& f, const Insn& i, u64) {
     return repeat(cursor, false, run, one);
 }
 
-// --- CMPS, SCAS -------------------------------------------------------------------------------------------
-// Repeated, they end after the element that makes ZF differ from the prefix's wish (REPE: set). When
-// an element faults, the flags stay as they were before the instruction (SDM 2B, REP).
+// --- CMPS, SCAS ----------------------------------------------------------------------------------
+// Repeated, they end after the element that makes ZF differ from the prefix's wish (REPE: set).
+// When an element faults, the flags stay as they were before the instruction (SDM 2B, REP).
 
 template <class T>
 u16 compare_flags(T a, T b) {
@@ -354,8 +355,10 @@ bool scas(VcpuFrame& f, const Insn& i, u64) {
     return commit_flags(f, ok, compared, compare_flags(a, b));
 }
 
-#define PV_SIZED_STRING(name)                                                                  \
-    bool name##_v(VcpuFrame& f, const Insn& i, u64 ea) { return PV_BY_OPSIZE(name); }
+#define PV_SIZED_STRING(name)                            \
+    bool name##_v(VcpuFrame& f, const Insn& i, u64 ea) { \
+        return PV_BY_OPSIZE(name);                       \
+    }
 PV_SIZED_STRING(movs)
 PV_SIZED_STRING(stos)
 PV_SIZED_STRING(lods)
@@ -364,15 +367,17 @@ PV_SIZED_STRING(scas)
 #undef PV_SIZED_STRING
 
 const OpBinding kStringOps[] = {
-    bind<Op::MOVSB_Yb_Xb, movs<u8>>(),  bind<Op::MOVSV_Yv_Xv, movs_v>(),
-    bind<Op::STOSB_Yb_AL, stos<u8>>(),  bind<Op::STOSV_Yv_rAX, stos_v>(),
-    bind<Op::LODSB_AL_Xb, lods<u8>>(),  bind<Op::LODSV_rAX_Xv, lods_v>(),
-    bind<Op::CMPSB_Xb_Yb, cmps<u8>>(),  bind<Op::CMPSV_Xv_Yv, cmps_v>(),
-    bind<Op::SCASB_AL_Yb, scas<u8>>(),  bind<Op::SCASV_rAX_Yv, scas_v>(),
+    bind<Op::MOVSB_Yb_Xb, movs<u8>>(), bind<Op::MOVSV_Yv_Xv, movs_v>(),
+    bind<Op::STOSB_Yb_AL, stos<u8>>(), bind<Op::STOSV_Yv_rAX, stos_v>(),
+    bind<Op::LODSB_AL_Xb, lods<u8>>(), bind<Op::LODSV_rAX_Xv, lods_v>(),
+    bind<Op::CMPSB_Xb_Yb, cmps<u8>>(), bind<Op::CMPSV_Xv_Yv, cmps_v>(),
+    bind<Op::SCASB_AL_Yb, scas<u8>>(), bind<Op::SCASV_rAX_Yv, scas_v>(),
 };
 
 }  // namespace
 
-std::span<const OpBinding> string_ops() { return kStringOps; }
+std::span<const OpBinding> string_ops() {
+    return kStringOps;
+}
 
 }  // namespace polyvisor::soft

@@ -1,4 +1,5 @@
-// x87 arithmetic: the four operations in all their forms, and the functions of one or two registers.
+// x87 arithmetic: the four operations in all their forms, and the functions of one or two
+// registers.
 #include <span>
 
 #include "soft/x87.hpp"
@@ -6,7 +7,7 @@
 namespace polyvisor::soft::x87 {
 namespace {
 
-// --- FADD, FMUL, FSUB, FSUBR, FDIV, FDIVR -----------------------------------------------------------
+// --- FADD, FMUL, FSUB, FSUBR, FDIV, FDIVR --------------------------------------------------------
 
 enum class Arith { kAdd = 0, kMul = 1, kSub = 4, kSubr = 5, kDiv = 6, kDivr = 7 };  // as encoded
 
@@ -15,33 +16,40 @@ template <Arith K>
 u16 with_register(VcpuFrame& f, Register& destination, const Register& source) {
     u16 sw;
     asm volatile(PV_X87_ENTER "fldt %[b]\n\tfldt %[a]\n\t.byte 0xd8, %c[op]" PV_X87_STATUS
-                 "fstpt %[a]\n\tfstp %%st(0)" PV_X87_LEAVE
+                              "fstpt %[a]\n\tfstp %%st(0)" PV_X87_LEAVE
                  : [sw] "=&a"(sw), [a] "+m"(destination)
                  : [b] "m"(source), [op] "i"(0xc1 + 8 * static_cast<int>(K)), PV_X87_CONTROL
                  : "cc");
     return sw;
 }
 
-struct Float32 { u32 bits; };
-struct Float64 { u64 bits; };
-struct Int16 { u16 bits; };
-struct Int32 { u32 bits; };
+struct Float32 {
+    u32 bits;
+};
+struct Float64 {
+    u64 bits;
+};
+struct Int16 {
+    u16 bits;
+};
+struct Int32 {
+    u32 bits;
+};
 
 /// ST(0) = ST(0) op memory operand.
 template <Arith K, class T>
 u16 with_memory(VcpuFrame& f, Register& destination, const T& source) {
     u16 sw;
-#define PV_X87_MEMORY(kind, type, text)                                                    \
-    if constexpr (K == Arith::kind && std::is_same_v<T, type>)                             \
-    asm volatile(PV_X87_ENTER "fldt %[a]\n\t" text " %[b]" PV_X87_STATUS "fstpt %[a]"      \
-                 PV_X87_LEAVE                                                              \
-                 : [sw] "=&a"(sw), [a] "+m"(destination)                                   \
-                 : [b] "m"(source), PV_X87_CONTROL                                         \
+#define PV_X87_MEMORY(kind, type, text)                                                            \
+    if constexpr (K == Arith::kind && std::is_same_v<T, type>)                                     \
+    asm volatile(PV_X87_ENTER "fldt %[a]\n\t" text " %[b]" PV_X87_STATUS "fstpt %[a]" PV_X87_LEAVE \
+                 : [sw] "=&a"(sw), [a] "+m"(destination)                                           \
+                 : [b] "m"(source), PV_X87_CONTROL                                                 \
                  : "cc")
-#define PV_X87_TYPES(kind, name)              \
-    PV_X87_MEMORY(kind, Float32, "f" name "s");  \
-    PV_X87_MEMORY(kind, Float64, "f" name "l");  \
-    PV_X87_MEMORY(kind, Int16, "fi" name "s");   \
+#define PV_X87_TYPES(kind, name)                \
+    PV_X87_MEMORY(kind, Float32, "f" name "s"); \
+    PV_X87_MEMORY(kind, Float64, "f" name "l"); \
+    PV_X87_MEMORY(kind, Int16, "fi" name "s");  \
     PV_X87_MEMORY(kind, Int32, "fi" name "l")
     PV_X87_TYPES(kAdd, "add");
     PV_X87_TYPES(kMul, "mul");
@@ -92,7 +100,7 @@ bool st0_sti(VcpuFrame& f, const Insn& i, u64 ea) {
     return true;
 }
 
-// --- One register ---------------------------------------------------------------------------------------
+// --- One register --------------------------------------------------------------------------------
 
 enum class Unary { kChs, kAbs, k2xm1, kSqrt, kRndint, kSin, kCos };
 
@@ -109,10 +117,12 @@ bool st0_unary(VcpuFrame& f, const Insn& i, u64 ea) {
         return true;
     }
     u16 sw;
-#define PV_X87_UNARY(kind, text)                                                               \
-    if constexpr (K == Unary::kind)                                                            \
-    asm volatile(PV_X87_ENTER "fldt %[a]\n\t" text PV_X87_STATUS "fstpt %[a]" PV_X87_LEAVE     \
-                 : [sw] "=&a"(sw), [a] "+m"(st(f, 0)) : PV_X87_CONTROL : "cc")
+#define PV_X87_UNARY(kind, text)                                                           \
+    if constexpr (K == Unary::kind)                                                        \
+    asm volatile(PV_X87_ENTER "fldt %[a]\n\t" text PV_X87_STATUS "fstpt %[a]" PV_X87_LEAVE \
+                 : [sw] "=&a"(sw), [a] "+m"(st(f, 0))                                      \
+                 : PV_X87_CONTROL                                                          \
+                 : "cc")
     PV_X87_UNARY(kChs, "fchs");
     PV_X87_UNARY(kAbs, "fabs");
     PV_X87_UNARY(k2xm1, "f2xm1");
@@ -125,7 +135,7 @@ bool st0_unary(VcpuFrame& f, const Insn& i, u64 ea) {
     return true;
 }
 
-// --- One register in, two out ---------------------------------------------------------------------------
+// --- One register in, two out --------------------------------------------------------------------
 
 enum class Split { kPtan, kSincos, kXtract };
 
@@ -148,13 +158,14 @@ bool st0_split(VcpuFrame& f, const Insn& i, u64 ea) {
     Register pushed;
     Register& value = st(f, 0);
     // With two results the pushed one is on top.
-#define PV_X87_SPLIT(kind, text)                                                              \
-    if constexpr (K == Split::kind)                                                           \
-    asm volatile(PV_X87_ENTER "fldt %[a]\n\tfnstsw %[before]\n\t" text PV_X87_STATUS          \
-                 "xorw %%ax, %[before]\n\ttestw $0x3800, %[before]\n\tjz 4f\n\t"              \
-                 "fstpt %[pushed]\n4:\tfstpt %[a]" PV_X87_LEAVE                               \
+#define PV_X87_SPLIT(kind, text)                                                                 \
+    if constexpr (K == Split::kind)                                                              \
+    asm volatile(PV_X87_ENTER "fldt %[a]\n\tfnstsw %[before]\n\t" text PV_X87_STATUS             \
+                              "xorw %%ax, %[before]\n\ttestw $0x3800, %[before]\n\tjz 4f\n\t"    \
+                              "fstpt %[pushed]\n4:\tfstpt %[a]" PV_X87_LEAVE                     \
                  : [sw] "=&a"(sw), [a] "+m"(value), [before] "=m"(before), [pushed] "=m"(pushed) \
-                 : PV_X87_CONTROL : "cc")
+                 : PV_X87_CONTROL                                                                \
+                 : "cc")
     PV_X87_SPLIT(kPtan, "fptan");
     PV_X87_SPLIT(kSincos, "fsincos");
     PV_X87_SPLIT(kXtract, "fxtract");
@@ -164,7 +175,7 @@ bool st0_split(VcpuFrame& f, const Insn& i, u64 ea) {
     return true;
 }
 
-// --- ST(0) and ST(1) --------------------------------------------------------------------------------------
+// --- ST(0) and ST(1) -----------------------------------------------------------------------------
 
 bool is_nan(const Register& value) {
     return (value.exponent & 0x7fff) == 0x7fff && value.significand << 1 != 0;
@@ -185,11 +196,13 @@ bool st0_st1(VcpuFrame& f, const Insn& i, u64 ea) {
         return true;
     }
     u16 sw;
-#define PV_X87_BINARY(kind, text)                                                              \
-    if constexpr (K == Binary::kind)                                                           \
-    asm volatile(PV_X87_ENTER "fldt %[b]\n\tfldt %[a]\n\t" text PV_X87_STATUS                  \
-                 "fstpt %[a]\n\tfstp %%st(0)" PV_X87_LEAVE                                     \
-                 : [sw] "=&a"(sw), [a] "+m"(st(f, 0)) : [b] "m"(st(f, 1)), PV_X87_CONTROL : "cc")
+#define PV_X87_BINARY(kind, text)                                             \
+    if constexpr (K == Binary::kind)                                          \
+    asm volatile(PV_X87_ENTER "fldt %[b]\n\tfldt %[a]\n\t" text PV_X87_STATUS \
+                              "fstpt %[a]\n\tfstp %%st(0)" PV_X87_LEAVE       \
+                 : [sw] "=&a"(sw), [a] "+m"(st(f, 0))                         \
+                 : [b] "m"(st(f, 1)), PV_X87_CONTROL                          \
+                 : "cc")
     PV_X87_BINARY(kPrem, "fprem");
     PV_X87_BINARY(kPrem1, "fprem1");
     PV_X87_BINARY(kScale, "fscale");
@@ -221,14 +234,15 @@ bool st1_st0(VcpuFrame& f, const Insn& i, u64 ea) {
     u16 before, sw;
     Register result;
     // Not popped: what is on top is ST(0) as it was, and another value is below.
-#define PV_X87_MERGE(kind, text)                                                              \
-    if constexpr (K == Merge::kind)                                                           \
-    asm volatile(PV_X87_ENTER "fldt %[b]\n\tfldt %[a]\n\tfnstsw %[before]\n\t" text           \
-                 PV_X87_STATUS                                                                \
+#define PV_X87_MERGE(kind, text)                                                                \
+    if constexpr (K == Merge::kind)                                                             \
+    asm volatile(PV_X87_ENTER                                                                   \
+                 "fldt %[b]\n\tfldt %[a]\n\tfnstsw %[before]\n\t" text PV_X87_STATUS            \
                  "xorw %%ax, %[before]\n\tfstpt %[r]\n\ttestw $0x3800, %[before]\n\tjnz 4f\n\t" \
-                 "fstp %%st(0)\n4:" PV_X87_LEAVE                                              \
-                 : [sw] "=&a"(sw), [before] "=m"(before), [r] "=m"(result)                    \
-                 : [a] "m"(st(f, 0)), [b] "m"(st(f, 1)), PV_X87_CONTROL : "cc")
+                 "fstp %%st(0)\n4:" PV_X87_LEAVE                                                \
+                 : [sw] "=&a"(sw), [before] "=m"(before), [r] "=m"(result)                      \
+                 : [a] "m"(st(f, 0)), [b] "m"(st(f, 1)), PV_X87_CONTROL                         \
+                 : "cc")
     PV_X87_MERGE(kYl2x, "fyl2x");
     PV_X87_MERGE(kYl2xp1, "fyl2xp1");
     PV_X87_MERGE(kPatan, "fpatan");
@@ -277,6 +291,8 @@ const OpBinding kOps[] = {
 
 }  // namespace
 
-std::span<const OpBinding> arithmetic_ops() { return kOps; }
+std::span<const OpBinding> arithmetic_ops() {
+    return kOps;
+}
 
 }  // namespace polyvisor::soft::x87

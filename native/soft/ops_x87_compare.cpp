@@ -1,12 +1,13 @@
-// x87 comparisons, FTST, FXAM and the conditional moves. None depends on rounding or precision, so that
-// they run under the host's default (masked) control word.
+// x87 comparisons, FTST, FXAM and the conditional moves. None depends on rounding or precision, so
+// that they run under the host's default (masked) control word.
 #include "soft/operands.hpp"
 #include "soft/x87.hpp"
 
 namespace polyvisor::soft::x87 {
 namespace {
 
-/// Sets C0, C2, C3 and exceptions of a comparison, and pops unless an unmasked exception forbids that.
+/// Sets C0, C2, C3 and exceptions of a comparison, and pops unless an unmasked exception forbids
+/// that.
 bool finish_compare(VcpuFrame& f, u16 sw, unsigned pops) {
     commit_status(f, sw, kCodes);
     if (unmasked(f, sw)) return true;
@@ -30,11 +31,15 @@ bool compare_sti(VcpuFrame& f, const Insn& i, u64 ea) {
     if constexpr (Unordered) {
         asm volatile("fldt %[b]\n\tfldt %[a]\n\tfucom %%st(1)" PV_X87_STATUS
                      "fstp %%st(0)\n\tfstp %%st(0)"
-                     : [sw] "=&a"(sw) : [a] "m"(st(f, 0)), [b] "m"(st(f, n)) : "cc");
+                     : [sw] "=&a"(sw)
+                     : [a] "m"(st(f, 0)), [b] "m"(st(f, n))
+                     : "cc");
     } else {
         asm volatile("fldt %[b]\n\tfldt %[a]\n\tfcom %%st(1)" PV_X87_STATUS
                      "fstp %%st(0)\n\tfstp %%st(0)"
-                     : [sw] "=&a"(sw) : [a] "m"(st(f, 0)), [b] "m"(st(f, n)) : "cc");
+                     : [sw] "=&a"(sw)
+                     : [a] "m"(st(f, 0)), [b] "m"(st(f, n))
+                     : "cc");
     }
     return finish_compare(f, sw, Pops);
 }
@@ -48,10 +53,12 @@ bool compare_memory(VcpuFrame& f, const Insn& i, u64 ea) {
     note(f, i, ea);
     if (PV_UNLIKELY(empty(f, 0))) return compare_underflow(f, Pops);
     u16 sw;
-#define PV_X87_COMPARE(kind, text)                                             \
-    if constexpr (K == Type::kind)                                             \
-    asm volatile("fldt %[a]\n\t" text " %[b]" PV_X87_STATUS "fstp %%st(0)"     \
-                 : [sw] "=&a"(sw) : [a] "m"(st(f, 0)), [b] "m"(source) : "cc")
+#define PV_X87_COMPARE(kind, text)                                         \
+    if constexpr (K == Type::kind)                                         \
+    asm volatile("fldt %[a]\n\t" text " %[b]" PV_X87_STATUS "fstp %%st(0)" \
+                 : [sw] "=&a"(sw)                                          \
+                 : [a] "m"(st(f, 0)), [b] "m"(source)                      \
+                 : "cc")
     PV_X87_COMPARE(kFloat32, "fcoms");
     PV_X87_COMPARE(kFloat64, "fcoml");
     PV_X87_COMPARE(kInt16, "ficoms");
@@ -73,11 +80,12 @@ bool compare_to_flags(VcpuFrame& f, const Insn& i, u64 ea) {
     }
     u16 flags = f.oszapc;
     u16 sw;
-#define PV_X87_COMI(text)                                                                      \
-    asm volatile("fldt %[b]\n\tfldt %[a]\n\t" PV_FLAGS_IN text " %%st(1), %%st" PV_FLAGS_OUT   \
-                 "\n\tfnstsw %[sw]\n\tfnclex\n\tfstp %%st(0)\n\tfstp %%st(0)"                  \
-                 : [flags] "+&a"(flags), [sw] "=m"(sw)                                         \
-                 : [a] "m"(st(f, 0)), [b] "m"(st(f, n)) : "cc")
+#define PV_X87_COMI(text)                                                                    \
+    asm volatile("fldt %[b]\n\tfldt %[a]\n\t" PV_FLAGS_IN text " %%st(1), %%st" PV_FLAGS_OUT \
+                 "\n\tfnstsw %[sw]\n\tfnclex\n\tfstp %%st(0)\n\tfstp %%st(0)"                \
+                 : [flags] "+&a"(flags), [sw] "=m"(sw)                                       \
+                 : [a] "m"(st(f, 0)), [b] "m"(st(f, n))                                      \
+                 : "cc")
     if constexpr (Unordered) {
         PV_X87_COMI("fucomi");
     } else {
@@ -95,7 +103,9 @@ bool ftst(VcpuFrame& f, const Insn& i, u64 ea) {
     if (PV_UNLIKELY(empty(f, 0))) return compare_underflow(f, 0);
     u16 sw;
     asm volatile("fldt %[a]\n\tftst" PV_X87_STATUS "fstp %%st(0)"
-                 : [sw] "=&a"(sw) : [a] "m"(st(f, 0)) : "cc");
+                 : [sw] "=&a"(sw)
+                 : [a] "m"(st(f, 0))
+                 : "cc");
     return finish_compare(f, sw, 0);
 }
 
@@ -104,7 +114,9 @@ bool fxam(VcpuFrame& f, const Insn& i, u64 ea) {
     note(f, i, ea);
     u16 sw;
     asm volatile("fldt %[a]\n\tfxam" PV_X87_STATUS "fstp %%st(0)"
-                 : [sw] "=&a"(sw) : [a] "m"(st(f, 0)) : "cc");
+                 : [sw] "=&a"(sw)
+                 : [a] "m"(st(f, 0))
+                 : "cc");
     if (empty(f, 0)) sw = static_cast<u16>((sw & kC1) | kC3 | kC0);
     f.x87.status = static_cast<u16>((f.x87.status & ~kCodes) | (sw & kCodes));
     return true;
@@ -163,6 +175,8 @@ const OpBinding kOps[] = {
 
 }  // namespace
 
-std::span<const OpBinding> compare_ops() { return kOps; }
+std::span<const OpBinding> compare_ops() {
+    return kOps;
+}
 
 }  // namespace polyvisor::soft::x87

@@ -1,5 +1,5 @@
-// x87 control: control, status and tag words, the environment and the whole state in their four formats,
-// FNINIT, FNCLEX, FWAIT, and what only touches TOP and tags.
+// x87 control: control, status and tag words, the environment and the whole state in their four
+// formats, FNINIT, FNCLEX, FWAIT, and what only touches TOP and tags.
 #include <vector>
 
 #include "soft/bindings.hpp"
@@ -37,15 +37,18 @@ void set_full_tags(VcpuFrame& f, u16 word) {
 }
 
 /// 14 bytes with operand size 16, else 28 (SDM 1, figures 8-9 to 8-12).
-u32 environment_size(const Insn& i) { return i.opsize == 2 ? 14 : 28; }
+u32 environment_size(const Insn& i) {
+    return i.opsize == 2 ? 14 : 28;
+}
 
 void write_environment(const VcpuFrame& f, const Insn& i, u8* out) {
     const X87State& x = f.x87;
     bool linear = !f.protected_mode();  // real and virtual-8086 mode: 20- or 32-bit linear pointers
     auto ip = static_cast<u32>(x.ip), dp = static_cast<u32>(x.dp);
     if (i.opsize == 2) {
-        u16 words[7] = {x.control, x.status, full_tags(f), static_cast<u16>(ip), x.cs,
-                        static_cast<u16>(dp), x.ds};
+        u16 words[7] = {
+            x.control, x.status, full_tags(f), static_cast<u16>(ip), x.cs, static_cast<u16>(dp),
+            x.ds};
         if (linear) {
             words[4] = static_cast<u16>((ip >> 4 & 0xf000) | (x.opcode & 0x7ff));
             words[6] = static_cast<u16>(dp >> 4 & 0xf000);
@@ -53,8 +56,13 @@ void write_environment(const VcpuFrame& f, const Insn& i, u8* out) {
         std::memcpy(out, words, sizeof words);
         return;
     }
-    u32 words[7] = {0xffff0000u | x.control, 0xffff0000u | x.status, 0xffff0000u | full_tags(f), ip,
-                    x.cs | (x.opcode & 0x7ffu) << 16, dp, 0xffff0000u | x.ds};
+    u32 words[7] = {0xffff0000u | x.control,
+                    0xffff0000u | x.status,
+                    0xffff0000u | full_tags(f),
+                    ip,
+                    x.cs | (x.opcode & 0x7ffu) << 16,
+                    dp,
+                    0xffff0000u | x.ds};
     if (linear) {
         words[3] = 0xffff0000u | (ip & 0xffff);
         words[4] = (ip >> 16) << 12 | (x.opcode & 0x7ffu);
@@ -108,8 +116,12 @@ bool fldcw(VcpuFrame& f, const Insn& i, u64 ea) {
     set_control(f, value);
     return true;
 }
-bool fnstcw(VcpuFrame& f, const Insn& i, u64 ea) { return store(f, i, ea, f.x87.control); }
-bool fnstsw(VcpuFrame& f, const Insn& i, u64 ea) { return store(f, i, ea, f.x87.status); }
+bool fnstcw(VcpuFrame& f, const Insn& i, u64 ea) {
+    return store(f, i, ea, f.x87.control);
+}
+bool fnstsw(VcpuFrame& f, const Insn& i, u64 ea) {
+    return store(f, i, ea, f.x87.status);
+}
 bool fnstsw_ax(VcpuFrame& f, const Insn&, u64) {
     write_reg(f, kRax, 2, f.x87.status);
     return true;
@@ -167,7 +179,9 @@ bool fnop(VcpuFrame& f, const Insn& i, u64 ea) {
     note(f, i, ea);
     return true;
 }
-bool nothing(VcpuFrame&, const Insn&, u64) { return true; }
+bool nothing(VcpuFrame&, const Insn&, u64) {
+    return true;
+}
 
 template <int Step>
 bool move_top(VcpuFrame& f, const Insn& i, u64 ea) {
@@ -209,15 +223,17 @@ const OpBinding kOps[] = {
 
 }  // namespace
 
-std::span<const OpBinding> control_ops() { return kOps; }
+std::span<const OpBinding> control_ops() {
+    return kOps;
+}
 
 }  // namespace x87
 
 std::span<const OpBinding> x87_ops() {
     static const std::vector<OpBinding> all = [] {
         std::vector<OpBinding> list;
-        for (auto part : {x87::arithmetic_ops(), x87::compare_ops(), x87::data_ops(),
-                          x87::control_ops()}) {
+        for (auto part :
+             {x87::arithmetic_ops(), x87::compare_ops(), x87::data_ops(), x87::control_ops()}) {
             list.insert(list.end(), part.begin(), part.end());
         }
         return list;

@@ -4,8 +4,9 @@
 namespace polyvisor::soft::x87 {
 namespace {
 
-// --- Loads ----------------------------------------------------------------------------------------------
-// Conversions to the extended format are exact: no rounding, so the host's default control word does.
+// --- Loads ---------------------------------------------------------------------------------------
+// Conversions to the extended format are exact: no rounding, so the host's default control word
+// does.
 
 /// Pushes what `convert(Register&) -> status word` gives, unless #IA is unmasked. (#D is not reason
 /// enough: the value is pushed and the exception pending.)
@@ -22,19 +23,23 @@ inline bool push_converted(VcpuFrame& f, Convert&& convert) {
     return true;
 }
 
-#define PV_X87_LOAD(name, type, text)                                                   \
-    bool name(VcpuFrame& f, const Insn& i, u64 ea) {                                    \
-        type source;                                                                    \
-        if (!load(f, i, ea, source)) return false;                                      \
-        note(f, i, ea);                                                                 \
-        return push_converted(f, [&](Register& value) {                                 \
-            u16 sw;                                                                     \
-            asm volatile(text " %[s]" PV_X87_STATUS "fstpt %[r]"                        \
-                         : [sw] "=&a"(sw), [r] "=m"(value) : [s] "m"(source) : "cc");   \
-            return sw;                                                                  \
-        });                                                                             \
+#define PV_X87_LOAD(name, type, text)                            \
+    bool name(VcpuFrame& f, const Insn& i, u64 ea) {             \
+        type source;                                             \
+        if (!load(f, i, ea, source)) return false;               \
+        note(f, i, ea);                                          \
+        return push_converted(f, [&](Register& value) {          \
+            u16 sw;                                              \
+            asm volatile(text " %[s]" PV_X87_STATUS "fstpt %[r]" \
+                         : [sw] "=&a"(sw), [r] "=m"(value)       \
+                         : [s] "m"(source)                       \
+                         : "cc");                                \
+            return sw;                                           \
+        });                                                      \
     }
-struct Extended { u8 bytes[10]; };
+struct Extended {
+    u8 bytes[10];
+};
 PV_X87_LOAD(load_f32, u32, "flds")
 PV_X87_LOAD(load_f64, u64, "fldl")
 PV_X87_LOAD(load_f80, Extended, "fldt")
@@ -59,15 +64,17 @@ bool load_sti(VcpuFrame& f, const Insn& i, u64 ea) {
 }
 
 /// Constants are rounded as the control word says, without an exception.
-#define PV_X87_CONSTANT(name)                                                            \
-    bool name(VcpuFrame& f, const Insn& i, u64 ea) {                                     \
-        note(f, i, ea);                                                                  \
-        return push_converted(f, [&](Register& value) {                                  \
-            u16 sw;                                                                      \
-            asm volatile(PV_X87_ENTER #name PV_X87_STATUS "fstpt %[r]" PV_X87_LEAVE      \
-                         : [sw] "=&a"(sw), [r] "=m"(value) : PV_X87_CONTROL : "cc");     \
-            return sw;                                                                   \
-        });                                                                              \
+#define PV_X87_CONSTANT(name)                                                       \
+    bool name(VcpuFrame& f, const Insn& i, u64 ea) {                                \
+        note(f, i, ea);                                                             \
+        return push_converted(f, [&](Register& value) {                             \
+            u16 sw;                                                                 \
+            asm volatile(PV_X87_ENTER #name PV_X87_STATUS "fstpt %[r]" PV_X87_LEAVE \
+                         : [sw] "=&a"(sw), [r] "=m"(value)                          \
+                         : PV_X87_CONTROL                                           \
+                         : "cc");                                                   \
+            return sw;                                                              \
+        });                                                                         \
     }
 PV_X87_CONSTANT(fld1)
 PV_X87_CONSTANT(fldl2t)
@@ -78,7 +85,7 @@ PV_X87_CONSTANT(fldln2)
 PV_X87_CONSTANT(fldz)
 #undef PV_X87_CONSTANT
 
-// --- Stores -----------------------------------------------------------------------------------------------
+// --- Stores --------------------------------------------------------------------------------------
 
 /// Unmasked, these leave memory and stack alone; precision is reported after the store.
 constexpr u16 kNoStore = kInvalid | kOverflow | kUnderflow;
@@ -105,30 +112,33 @@ inline bool store_converted(VcpuFrame& f, const Insn& i, u64 ea, const T& indefi
     return true;
 }
 
-// FISTTP and FBSTP exist only with a pop on the host; if it does not pop, something is left to drop.
-#define PV_X87_STORE(name, type, indefinite, pops, text)                                     \
-    bool name(VcpuFrame& f, const Insn& i, u64 ea) {                                         \
-        return store_converted<type>(f, i, ea, indefinite, pops, [&](type& value) {          \
-            u16 sw;                                                                          \
-            asm volatile(PV_X87_ENTER "fldt %[a]\n\t" text " %[v]" PV_X87_STATUS             \
-                         "fstp %%st(0)" PV_X87_LEAVE                                         \
-                         : [sw] "=&a"(sw), [v] "=m"(value)                                   \
-                         : [a] "m"(st(f, 0)), PV_X87_CONTROL : "cc");                        \
-            return sw;                                                                       \
-        });                                                                                  \
+// FISTTP and FBSTP exist only with a pop on the host; if it does not pop, something is left to
+// drop.
+#define PV_X87_STORE(name, type, indefinite, pops, text)                            \
+    bool name(VcpuFrame& f, const Insn& i, u64 ea) {                                \
+        return store_converted<type>(f, i, ea, indefinite, pops, [&](type& value) { \
+            u16 sw;                                                                 \
+            asm volatile(PV_X87_ENTER "fldt %[a]\n\t" text " %[v]" PV_X87_STATUS    \
+                                      "fstp %%st(0)" PV_X87_LEAVE                   \
+                         : [sw] "=&a"(sw), [v] "=m"(value)                          \
+                         : [a] "m"(st(f, 0)), PV_X87_CONTROL                        \
+                         : "cc");                                                   \
+            return sw;                                                              \
+        });                                                                         \
     }
-#define PV_X87_STORE_POP(name, type, indefinite, text)                                       \
-    bool name(VcpuFrame& f, const Insn& i, u64 ea) {                                         \
-        return store_converted<type>(f, i, ea, indefinite, true, [&](type& value) {          \
-            u16 before, sw;                                                                  \
-            asm volatile(PV_X87_ENTER "fldt %[a]\n\tfnstsw %[before]\n\t" text " %[v]"       \
-                         PV_X87_STATUS                                                       \
-                         "xorw %%ax, %[before]\n\ttestw $0x3800, %[before]\n\tjnz 4f\n\t"    \
-                         "fstp %%st(0)\n4:" PV_X87_LEAVE                                     \
-                         : [sw] "=&a"(sw), [v] "=m"(value), [before] "=m"(before)            \
-                         : [a] "m"(st(f, 0)), PV_X87_CONTROL : "cc");                        \
-            return sw;                                                                       \
-        });                                                                                  \
+#define PV_X87_STORE_POP(name, type, indefinite, text)                                    \
+    bool name(VcpuFrame& f, const Insn& i, u64 ea) {                                      \
+        return store_converted<type>(f, i, ea, indefinite, true, [&](type& value) {       \
+            u16 before, sw;                                                               \
+            asm volatile(PV_X87_ENTER                                                     \
+                         "fldt %[a]\n\tfnstsw %[before]\n\t" text " %[v]" PV_X87_STATUS   \
+                         "xorw %%ax, %[before]\n\ttestw $0x3800, %[before]\n\tjnz 4f\n\t" \
+                         "fstp %%st(0)\n4:" PV_X87_LEAVE                                  \
+                         : [sw] "=&a"(sw), [v] "=m"(value), [before] "=m"(before)         \
+                         : [a] "m"(st(f, 0)), PV_X87_CONTROL                              \
+                         : "cc");                                                         \
+            return sw;                                                                    \
+        });                                                                               \
     }
 constexpr Extended kIndefiniteBcd{{0, 0, 0, 0, 0, 0, 0, 0xc0, 0xff, 0xff}};
 PV_X87_STORE(store_f32, u32, 0xffc00000u, false, "fsts")
@@ -249,6 +259,8 @@ const OpBinding kOps[] = {
 
 }  // namespace
 
-std::span<const OpBinding> data_ops() { return kOps; }
+std::span<const OpBinding> data_ops() {
+    return kOps;
+}
 
 }  // namespace polyvisor::soft::x87

@@ -354,10 +354,10 @@ bool idiv_ev(VcpuFrame& f, const Insn& i, u64 ea) {
     return PV_BY_OPSIZE(idiv_e);
 }
 
-// --- Decimal adjustment
-// ----------------------------------------------------------------------------------- Not in 64-bit
-// mode, so the host cannot do them for us. Flags that the manuals leave undefined are those of the
-// addition or subtraction behind the adjustment, as AMD's CPUs have it.
+// --- Decimal adjustment --------------------------------------------------------------------------
+
+// Not in 64-bit mode, so the host cannot do them for us. Flags that the manuals leave undefined are
+// those of the addition or subtraction behind the adjustment, as on AMD CPUs.
 
 u8 al(const VcpuFrame& f) {
     return static_cast<u8>(f.gpr[kRax]);

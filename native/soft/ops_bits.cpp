@@ -224,9 +224,9 @@ bool scan_v(VcpuFrame& f, const Insn& i, u64 ea) {
     }
 }
 
-// --- BMI1, BMI2
-// ------------------------------------------------------------------------------------- y operands:
-// 8 bytes with W in 64-bit mode, else 4.
+// --- BMI1, BMI2 ----------------------------------------------------------------------------------
+
+// y operands: 8 bytes with W in 64-bit mode, else 4.
 
 #define PV_BY_Y(call) (i.rex_w && f.long64() ? call<u64>(f, i, ea) : call<u32>(f, i, ea))
 

@@ -219,7 +219,7 @@ void BlockCache::flush() {
     chunks_.clear();
     chunk_used_ = kChunk;
     used_ = 0;
-    for (auto& entry : frame_.jump_cache->entries) entry = {};
+    frame_.jump_cache->clear();
     frame_.block = nullptr;
     frame_.link_slot_valid = false;
 }

@@ -92,6 +92,13 @@ struct JumpCache {
         Block* block = nullptr;
     };
     Entry entries[kEntries];
+
+    JumpCache() { clear(); }
+    /// No entry matches any IP afterwards: ~0 belongs to slot 0 alone, which holds an IP of slot 1.
+    void clear() {
+        for (Entry& entry : entries) entry = {};
+        entries[slot(~u64{0})].ip = 1;
+    }
     static unsigned slot(u64 ip) { return static_cast<unsigned>((ip ^ (ip >> 12)) & (kEntries - 1)); }
 };
 

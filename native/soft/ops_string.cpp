@@ -253,19 +253,15 @@ bool lods(VcpuFrame& f, const Insn& i, u64) {
 
 // --- CMPS, SCAS ----------------------------------------------------------------------------------
 // Repeated, they end after the element that makes ZF differ from the prefix's wish (REPE: set).
-// When an element faults, the flags stay as they were before the instruction (SDM 2B, REP).
+// When an element faults, the flags are those of the element before it, as AMD CPUs leave them;
+// Intel's restore the flags of before the instruction. Nobody can tell after the restart, which
+// sets them anew.
 
 template <class T>
 u16 compare_flags(T a, T b) {
     u16 flags;
     asm("cmp %[b], %[a]" PV_FLAGS_OUT : "=&a"(flags) : [a] "r"(a), [b] "r"(b) : "cc");
     return flags;
-}
-
-/// Keeps flags of the last comparison; commits them unless the instruction faulted.
-bool commit_flags(VcpuFrame& f, bool ok, bool compared, u16 flags) {
-    if (compared && (ok || f.fault.pending == Pending::kRestart)) f.oszapc = flags;
-    return ok;
 }
 
 template <class T>
@@ -290,8 +286,9 @@ bool cmps(VcpuFrame& f, const Insn& i, u64) {
         return true;
     };
     if (!cursor.repeated()) {
-        bool ok = one();
-        return commit_flags(f, ok, ok, compare_flags(a, b));
+        if (!one()) return false;
+        f.oszapc = compare_flags(a, b);
+        return true;
     }
     auto run = [&](u64 count) -> u64 {
         u8* first_a;
@@ -313,7 +310,8 @@ bool cmps(VcpuFrame& f, const Insn& i, u64) {
         return done;
     };
     bool ok = repeat(cursor, stop, run, one);
-    return commit_flags(f, ok, compared, compare_flags(a, b));
+    if (compared) f.oszapc = compare_flags(a, b);
+    return ok;
 }
 
 template <class T>
@@ -334,8 +332,9 @@ bool scas(VcpuFrame& f, const Insn& i, u64) {
         return true;
     };
     if (!cursor.repeated()) {
-        bool ok = one();
-        return commit_flags(f, ok, ok, compare_flags(a, b));
+        if (!one()) return false;
+        f.oszapc = compare_flags(a, b);
+        return true;
     }
     auto run = [&](u64 count) -> u64 {
         u8* first;
@@ -352,7 +351,8 @@ bool scas(VcpuFrame& f, const Insn& i, u64) {
         return done;
     };
     bool ok = repeat(cursor, stop, run, one);
-    return commit_flags(f, ok, compared, compare_flags(a, b));
+    if (compared) f.oszapc = compare_flags(a, b);
+    return ok;
 }
 
 #define PV_SIZED_STRING(name)                            \

@@ -187,8 +187,12 @@ bool segmented_address(VcpuFrame& f, u8 seg, u64 ea, u32 size, bool write, u64& 
     const Segment& s = f.seg[seg];
     u32 offset = static_cast<u32>(ea);
     linear = static_cast<u32>(s.base + offset);
-    if (!(f.mode & kModeSegCheck) && seg < kFs) return true;
     u8 vector = seg == kSs ? kSsFault : kGp;
+    // Flat: only the very end of the segment can be run over. CS is not in the mode bit, and cannot be
+    // written.
+    if (!(f.mode & kModeSegCheck) && seg < kFs && seg != kCs) {
+        return PV_LIKELY(u64{offset} + size - 1 <= 0xffffffff) ? true : raise(f, vector, 0);
+    }
     if (f.protected_mode()) {
         if (s.unusable()) return raise(f, vector, 0);
         bool code = s.attributes & 8;

@@ -97,7 +97,7 @@ class FastUop {
                     : i_.index != kNoReg ? kAddressIndex
                                          : kAddressBase;
         } else {
-            if (i_.addrsize != 4 || i_.segment >= kFs) return false;
+            if (i_.addrsize != 4 || i_.segment >= kFs || i_.segment == kCs) return false;
             kind_ = kAddress32;
         }
         return true;

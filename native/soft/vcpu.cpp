@@ -243,6 +243,7 @@ void SoftVcpu::dispatch() {
         Block* from = frame.link_slot_valid && !single ? frame.block : nullptr;
         frame.link_slot_valid = false;
         frame.uop = nullptr;
+        if (frame.budget <= 0) return;  // before the next fetch can fault
         Block* block = find_block(mode);
         if (block == nullptr) return;
         if (block->instructions > frame.budget) {

@@ -3,17 +3,17 @@
 
 namespace polyvisor::soft {
 
-#define PV_FMA_PACKED(NAME, op)                      \
-    PV_FMA128(NAME##_Vdq_Hdq_Wdq, 16, op)            \
+#define PV_FMA_PACKED(NAME, op)           \
+    PV_FMA128(NAME##_Vdq_Hdq_Wdq, 16, op) \
     PV_FMA256(NAME##_Vqq_Hqq_Wqq, 32, op)
-#define PV_FMA_PACKED_ORDERS(NAME, op)               \
-    PV_FMA_PACKED(NAME##132PS, op "132ps")           \
-    PV_FMA_PACKED(NAME##213PS, op "213ps")           \
-    PV_FMA_PACKED(NAME##231PS, op "231ps")           \
-    PV_FMA_PACKED(NAME##132PD, op "132pd")           \
-    PV_FMA_PACKED(NAME##213PD, op "213pd")           \
+#define PV_FMA_PACKED_ORDERS(NAME, op)     \
+    PV_FMA_PACKED(NAME##132PS, op "132ps") \
+    PV_FMA_PACKED(NAME##213PS, op "213ps") \
+    PV_FMA_PACKED(NAME##231PS, op "231ps") \
+    PV_FMA_PACKED(NAME##132PD, op "132pd") \
+    PV_FMA_PACKED(NAME##213PD, op "213pd") \
     PV_FMA_PACKED(NAME##231PD, op "231pd")
-#define PV_FMA_SCALAR_ORDERS(NAME, op)               \
+#define PV_FMA_SCALAR_ORDERS(NAME, op)                \
     PV_FMA128(NAME##132SS_Vss_Hss_Wss, 4, op "132ss") \
     PV_FMA128(NAME##213SS_Vss_Hss_Wss, 4, op "213ss") \
     PV_FMA128(NAME##231SS_Vss_Hss_Wss, 4, op "231ss") \

@@ -86,13 +86,19 @@ bool store_masked_bytes(VcpuFrame& f, const Insn& i, const u8* data, const u8* m
     return store_masked<u8>(f, i, ea, data, mask, bytes);
 }
 
-PV_ROW(MASKMOVDQU_Vdq_Udq) { return store_masked_bytes(f, i, f.ymm[i.reg], f.ymm[i.rm], 16); }
-PV_ROW(VMASKMOVDQU_Vdq_Udq) { return store_masked_bytes(f, i, f.ymm[i.reg], f.ymm[i.rm], 16); }
+PV_ROW(MASKMOVDQU_Vdq_Udq) {
+    return store_masked_bytes(f, i, f.ymm[i.reg], f.ymm[i.rm], 16);
+}
+PV_ROW(VMASKMOVDQU_Vdq_Udq) {
+    return store_masked_bytes(f, i, f.ymm[i.reg], f.ymm[i.rm], 16);
+}
 
-#define PV_MASKED(NAME, T, x, bytes)                                             \
-    PV_ROW(NAME##_V##x##_H##x##_M##x) { return load_masked<T>(f, i, ea, bytes); } \
-    PV_ROW(NAME##_M##x##_H##x##_V##x) {                                          \
-        return store_masked<T>(f, i, ea, f.ymm[i.reg], f.ymm[i.vvvv], bytes);    \
+#define PV_MASKED(NAME, T, x, bytes)                                          \
+    PV_ROW(NAME##_V##x##_H##x##_M##x) {                                       \
+        return load_masked<T>(f, i, ea, bytes);                               \
+    }                                                                         \
+    PV_ROW(NAME##_M##x##_H##x##_V##x) {                                       \
+        return store_masked<T>(f, i, ea, f.ymm[i.reg], f.ymm[i.vvvv], bytes); \
     }
 PV_MASKED(VMASKMOVPS, u32, dq, 16)
 PV_MASKED(VMASKMOVPS, u32, qq, 32)
@@ -103,8 +109,10 @@ PV_MASKED(VPMASKMOVD, u32, qq, 32)
 PV_MASKED(VPMASKMOVQ, u64, dq, 16)
 PV_MASKED(VPMASKMOVQ, u64, qq, 32)
 
-#define PV_GATHER(id, T, Index, bytes) \
-    PV_ROW(id) { return gather<T, Index>(f, i, bytes); }
+#define PV_GATHER(id, T, Index, bytes)        \
+    PV_ROW(id) {                              \
+        return gather<T, Index>(f, i, bytes); \
+    }
 PV_GATHER(VPGATHERDD_Vdq_VMdq_Hdq, u32, s32, 16)
 PV_GATHER(VPGATHERDD_Vqq_VMqq_Hqq, u32, s32, 32)
 PV_GATHER(VPGATHERDQ_Vdq_VMdq_Hdq, u64, s32, 16)

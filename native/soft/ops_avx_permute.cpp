@@ -5,8 +5,8 @@ namespace polyvisor::soft {
 
 // --- Broadcast ----------------------------------------------------------------------------------
 
-#define PV_BROADCAST(NAME, w, n, op)                \
-    PV_VEX128_UNARY(NAME##_Vdq_##w, n, op)          \
+#define PV_BROADCAST(NAME, w, n, op)       \
+    PV_VEX128_UNARY(NAME##_Vdq_##w, n, op) \
     PV_VEX256_UNARY(NAME##_Vqq_##w, n, op)
 PV_BROADCAST(VPBROADCASTB, Wb, 1, "vpbroadcastb")
 PV_BROADCAST(VPBROADCASTW, Ww, 2, "vpbroadcastw")
@@ -62,10 +62,18 @@ inline bool extract_lane(VcpuFrame& f, const Insn& i, u64 ea) {
 
 }  // namespace
 
-PV_ROW(VINSERTF128_Vqq_Hqq_Wdq_Ib) { return insert_lane(f, i, ea); }
-PV_ROW(VINSERTI128_Vqq_Hqq_Wdq_Ib) { return insert_lane(f, i, ea); }
-PV_ROW(VEXTRACTF128_Wdq_Vqq_Ib) { return extract_lane(f, i, ea); }
-PV_ROW(VEXTRACTI128_Wdq_Vqq_Ib) { return extract_lane(f, i, ea); }
+PV_ROW(VINSERTF128_Vqq_Hqq_Wdq_Ib) {
+    return insert_lane(f, i, ea);
+}
+PV_ROW(VINSERTI128_Vqq_Hqq_Wdq_Ib) {
+    return insert_lane(f, i, ea);
+}
+PV_ROW(VEXTRACTF128_Wdq_Vqq_Ib) {
+    return extract_lane(f, i, ea);
+}
+PV_ROW(VEXTRACTI128_Wdq_Vqq_Ib) {
+    return extract_lane(f, i, ea);
+}
 
 // --- Clearing -----------------------------------------------------------------------------------
 

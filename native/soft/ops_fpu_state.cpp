@@ -1,9 +1,10 @@
 // Saving and restoring x87, SSE and AVX state: FXSAVE, the XSAVE family, LDMXCSR, STMXCSR, XGETBV.
 //
-// An area is read whole before anything changes and built whole before it is written, so a fault leaves
-// no half. Components: 0 x87, 1 SSE (XMM and MXCSR), 2 AVX (upper halves of YMM). IA32_XSS has none, so
-// XSAVES and XRSTORS differ from XSAVEC and XRSTOR only in privilege and format. XSAVEOPT and XSAVES use
-// the init optimisation but not the modified optimisation, which is optional (SDM 1, 13.6).
+// An area is read whole before anything changes and built whole before it is written, so a fault
+// leaves no half. Components: 0 x87, 1 SSE (XMM and MXCSR), 2 AVX (upper halves of YMM). IA32_XSS
+// has none, so XSAVES and XRSTORS differ from XSAVEC and XRSTOR only in privilege and format.
+// XSAVEOPT and XSAVES use the init optimisation but not the modified optimisation, which is
+// optional (SDM 1, 13.6).
 #include "soft/environment.hpp"
 #include "soft/simd.hpp"
 #include "soft/x87.hpp"
@@ -50,7 +51,9 @@ struct Area {
 static_assert(sizeof(Area) == kAvxAt + 256);
 
 /// Outside 64-bit mode the upper eight registers are neither saved, restored nor initialised.
-unsigned vectors(const VcpuFrame& f) { return f.long64() ? 16 : 8; }
+unsigned vectors(const VcpuFrame& f) {
+    return f.long64() ? 16 : 8;
+}
 
 // --- Components ---------------------------------------------------------------------------------
 
@@ -241,8 +244,8 @@ bool save_standard(VcpuFrame& f, const Insn& i, u64 ea, bool only_in_use) {
     return write_area(f, i, linear, &area, size);
 }
 
-// XSAVEC and XSAVES (SDM 1, 13.10, 13.11): compacted format, with the init optimisation. MXCSR is part
-// of component 1, which counts as used when it has not its initial value.
+// XSAVEC and XSAVES (SDM 1, 13.10, 13.11): compacted format, with the init optimisation. MXCSR is
+// part of component 1, which counts as used when it has not its initial value.
 bool save_compacted(VcpuFrame& f, const Insn& i, u64 ea) {
     if (!xsave_allowed(f)) return false;
     u64 wanted = requested(f), used = in_use(f);
@@ -297,13 +300,13 @@ bool restore(VcpuFrame& f, const Insn& i, u64 ea, bool supervisor) {
         if (!linear_address(f, i.segment, ea, sizeof area, false, linear)) return false;
         if (!read_area(f, i, linear + kAvxAt, &area.avx, sizeof area.avx)) return false;
     }
-    bool loads_mxcsr = compacted ? (wanted & saved & kSseState) != 0
-                                 : (wanted & (kSseState | kAvxState)) != 0;
+    bool loads_mxcsr =
+        compacted ? (wanted & saved & kSseState) != 0 : (wanted & (kSseState | kAvxState)) != 0;
     if (loads_mxcsr && (area.legacy.mxcsr & ~kMxcsrValid)) return raise_gp(f);
 
-    if (wanted & kX87) saved & kX87 ? load_x87(f, i, area.legacy) : init_x87(f);
-    if (wanted & kSseState) saved & kSseState ? load_sse(f, area.legacy) : init_sse(f);
-    if (wanted & kAvxState) saved & kAvxState ? load_avx(f, area.avx) : init_avx(f);
+    if (wanted & kX87) saved& kX87 ? load_x87(f, i, area.legacy) : init_x87(f);
+    if (wanted & kSseState) saved& kSseState ? load_sse(f, area.legacy) : init_sse(f);
+    if (wanted & kAvxState) saved& kAvxState ? load_avx(f, area.avx) : init_avx(f);
     if (loads_mxcsr) {
         set_guest_mxcsr(f, area.legacy.mxcsr);
     } else if (wanted & kSseState) {
@@ -314,12 +317,24 @@ bool restore(VcpuFrame& f, const Insn& i, u64 ea, bool supervisor) {
 
 }  // namespace
 
-PV_ROW(XSAVE_M) { return save_standard(f, i, ea, false); }
-PV_ROW(XSAVEOPT_M) { return save_standard(f, i, ea, true); }
-PV_ROW(XSAVEC_M) { return save_compacted(f, i, ea); }
-PV_ROW(XSAVES_M) { return save_compacted(f, i, ea); }
-PV_ROW(XRSTOR_M) { return restore(f, i, ea, false); }
-PV_ROW(XRSTORS_M) { return restore(f, i, ea, true); }
+PV_ROW(XSAVE_M) {
+    return save_standard(f, i, ea, false);
+}
+PV_ROW(XSAVEOPT_M) {
+    return save_standard(f, i, ea, true);
+}
+PV_ROW(XSAVEC_M) {
+    return save_compacted(f, i, ea);
+}
+PV_ROW(XSAVES_M) {
+    return save_compacted(f, i, ea);
+}
+PV_ROW(XRSTOR_M) {
+    return restore(f, i, ea, false);
+}
+PV_ROW(XRSTORS_M) {
+    return restore(f, i, ea, true);
+}
 
 // ECX = 1 gives XCR0 & XINUSE, where the CPU has it (CPUID leaf 0DH, 1, EAX[2]). SDM 2, XGETBV.
 PV_ROW(XGETBV) {
@@ -352,9 +367,17 @@ bool load_mxcsr(VcpuFrame& f, const Insn& i, u64 ea) {
 
 }  // namespace
 
-PV_ROW(LDMXCSR_Md) { return load_mxcsr(f, i, ea); }
-PV_ROW(VLDMXCSR_Md) { return load_mxcsr(f, i, ea); }
-PV_ROW(STMXCSR_Md) { return store(f, i, ea, guest_mxcsr(f)); }
-PV_ROW(VSTMXCSR_Md) { return store(f, i, ea, guest_mxcsr(f)); }
+PV_ROW(LDMXCSR_Md) {
+    return load_mxcsr(f, i, ea);
+}
+PV_ROW(VLDMXCSR_Md) {
+    return load_mxcsr(f, i, ea);
+}
+PV_ROW(STMXCSR_Md) {
+    return store(f, i, ea, guest_mxcsr(f));
+}
+PV_ROW(VSTMXCSR_Md) {
+    return store(f, i, ea, guest_mxcsr(f));
+}
 
 }  // namespace polyvisor::soft

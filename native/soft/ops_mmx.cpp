@@ -1,8 +1,8 @@
 // MMX: the low 64 bits of the x87 registers.
 //
 // The host's MMX registers are not touched. An operation on 64 bits is the SSE instruction of the
-// same name on XMM registers whose upper halves are clear; the few that mix elements of both operands
-// (packs, high unpacks, horizontal sums) put the two operands into one XMM register first.
+// same name on XMM registers whose upper halves are clear; the few that mix elements of both
+// operands (packs, high unpacks, horizontal sums) put the two operands into one XMM register first.
 #include "soft/environment.hpp"
 #include "soft/simd_masked.hpp"
 
@@ -16,7 +16,9 @@ inline void enter_mmx(VcpuFrame& f) {
     f.x87.tags = 0xff;
 }
 
-inline u8* mm(VcpuFrame& f, u8 n) { return f.x87.reg[n & 7]; }
+inline u8* mm(VcpuFrame& f, u8 n) {
+    return f.x87.reg[n & 7];
+}
 inline u64 mm_value(VcpuFrame& f, u8 n) {
     u64 value;
     std::memcpy(&value, mm(f, n), sizeof value);
@@ -24,7 +26,9 @@ inline u64 mm_value(VcpuFrame& f, u8 n) {
 }
 
 // A write sets sign and exponent to ones, so that x87 code sees a NaN.
-inline void mark_written(VcpuFrame& f, u8 n) { std::memset(mm(f, n) + 8, 0xff, 2); }
+inline void mark_written(VcpuFrame& f, u8 n) {
+    std::memset(mm(f, n) + 8, 0xff, 2);
+}
 inline void set_mm(VcpuFrame& f, u8 n, u64 value) {
     enter_mmx(f);
     std::memcpy(mm(f, n), &value, sizeof value);
@@ -41,26 +45,29 @@ inline bool mm_source(VcpuFrame& f, const Insn& i, u64 ea, T& value) {
 }  // namespace
 
 // `text` computes the low half of XMM0 from the destination in XMM0 and the source [s].
-#define PV_MMX_ROW(id, T, text)                                                  \
-    PV_ROW(id) {                                                                 \
-        T value;                                                                 \
-        if (!mm_source(f, i, ea, value)) return false;                           \
-        enter_mmx(f);                                                            \
-        asm("movq %[d], %%xmm0\n\t" text "\n\tmovq %%xmm0, %[d]"                 \
-            : [d] "+m"(as<8>(mm(f, i.reg))) : [s] "m"(value) : PV_CLOBBER);      \
-        mark_written(f, i.reg);                                                  \
-        return true;                                                             \
+#define PV_MMX_ROW(id, T, text)                                  \
+    PV_ROW(id) {                                                 \
+        T value;                                                 \
+        if (!mm_source(f, i, ea, value)) return false;           \
+        enter_mmx(f);                                            \
+        asm("movq %[d], %%xmm0\n\t" text "\n\tmovq %%xmm0, %[d]" \
+            : [d] "+m"(as<8>(mm(f, i.reg)))                      \
+            : [s] "m"(value)                                     \
+            : PV_CLOBBER);                                       \
+        mark_written(f, i.reg);                                  \
+        return true;                                             \
     }
-#define PV_MMX(NAME, op) \
-    PV_MMX_ROW(NAME##_Pq_Qq, u64, "movq %[s], %%xmm1\n\t" op " %%xmm1, %%xmm0")
+#define PV_MMX(NAME, op) PV_MMX_ROW(NAME##_Pq_Qq, u64, "movq %[s], %%xmm1\n\t" op " %%xmm1, %%xmm0")
 // Both operands in XMM0: the destination low, the source high.
 #define PV_MMX_JOINED(NAME, op) \
     PV_MMX_ROW(NAME##_Pq_Qq, u64, "movhps %[s], %%xmm0\n\t" op " %%xmm0, %%xmm0")
 #define PV_MMX_UNPACK_LOW(NAME, op) \
     PV_MMX_ROW(NAME##_Pq_Qd, u32, "movd %[s], %%xmm1\n\t" op " %%xmm1, %%xmm0")
-#define PV_MMX_UNPACK_HIGH(NAME, op)                                                  \
-    PV_MMX_ROW(NAME##_Pq_Qq, u64, "movq %[s], %%xmm1\n\t" op " %%xmm1, %%xmm0\n\t"    \
-                                  "psrldq $8, %%xmm0")
+#define PV_MMX_UNPACK_HIGH(NAME, op)      \
+    PV_MMX_ROW(NAME##_Pq_Qq, u64,         \
+               "movq %[s], %%xmm1\n\t" op \
+               " %%xmm1, %%xmm0\n\t"      \
+               "psrldq $8, %%xmm0")
 
 PV_MMX(PCMPGTB, "pcmpgtb")
 PV_MMX(PCMPGTW, "pcmpgtw")
@@ -131,7 +138,9 @@ PV_ROW(PSHUFB_Pq_Qq) {
     indices &= 0x8787878787878787;
     enter_mmx(f);
     asm("movq %[d], %%xmm0\n\tmovq %[s], %%xmm1\n\tpshufb %%xmm1, %%xmm0\n\tmovq %%xmm0, %[d]"
-        : [d] "+m"(as<8>(mm(f, i.reg))) : [s] "m"(indices) : PV_CLOBBER);
+        : [d] "+m"(as<8>(mm(f, i.reg)))
+        : [s] "m"(indices)
+        : PV_CLOBBER);
     mark_written(f, i.reg);
     return true;
 }
@@ -141,9 +150,11 @@ PV_IMM_ROW(PSHUFW_Pq_Qq_Ib) {
     if (!mm_source(f, i, ea, value)) return false;
     PV_IMM_VALUE(256);
     u64 result;
-    asm("movq %[s], %%xmm1\n\t" PV_COPIES(256, "pshuflw $pv_imm, %%xmm1, %%xmm0")
-        "movq %%xmm0, %[r]"
-        : PV_IMM, [r] "=m"(result) : [s] "m"(value) : PV_IMM_CLOBBER);
+    asm("movq %[s], %%xmm1\n\t" PV_COPIES(256,
+                                          "pshuflw $pv_imm, %%xmm1, %%xmm0") "movq %%xmm0, %[r]"
+        : [imm] "+a"(imm), [r] "=m"(result)
+        : [s] "m"(value)
+        : PV_CLOBBER, "r10", "cc");
     set_mm(f, i.reg, result);
     return true;
 }
@@ -159,16 +170,17 @@ PV_ROW(PALIGNR_Pq_Qq_Ib) {
 
 // --- Shifts -------------------------------------------------------------------------------------
 
-#define PV_MMX_SHIFT(NAME, op)                                                              \
-    PV_MMX(NAME, op)                                                                        \
-    PV_ROW(NAME##_Nq_Ib) {                                                                  \
-        u64 count = i.imm & 0xff;                                                           \
-        enter_mmx(f);                                                                       \
-        asm("movq %[d], %%xmm0\n\tmovq %[n], %%xmm1\n\t" op                                 \
-            " %%xmm1, %%xmm0\n\tmovq %%xmm0, %[d]"                                          \
-            : [d] "+m"(as<8>(mm(f, i.rm))) : [n] "m"(count) : PV_CLOBBER);                  \
-        mark_written(f, i.rm);                                                              \
-        return true;                                                                        \
+#define PV_MMX_SHIFT(NAME, op)                                                                     \
+    PV_MMX(NAME, op)                                                                               \
+    PV_ROW(NAME##_Nq_Ib) {                                                                         \
+        u64 count = i.imm & 0xff;                                                                  \
+        enter_mmx(f);                                                                              \
+        asm("movq %[d], %%xmm0\n\tmovq %[n], %%xmm1\n\t" op " %%xmm1, %%xmm0\n\tmovq %%xmm0, %[d]" \
+            : [d] "+m"(as<8>(mm(f, i.rm)))                                                         \
+            : [n] "m"(count)                                                                       \
+            : PV_CLOBBER);                                                                         \
+        mark_written(f, i.rm);                                                                     \
+        return true;                                                                               \
     }
 PV_MMX_SHIFT(PSRLW, "psrlw")
 PV_MMX_SHIFT(PSRLD, "psrld")
@@ -205,11 +217,21 @@ inline bool mm_to_general(VcpuFrame& f, const Insn& i, u64 ea) {
 
 }  // namespace
 
-PV_ROW(MOVD_Pq_Ed) { return general_to_mm<u32>(f, i, ea); }
-PV_ROW(MOVQ_Pq_Eq) { return general_to_mm<u64>(f, i, ea); }
-PV_ROW(MOVD_Ed_Pq) { return mm_to_general<u32>(f, i, ea); }
-PV_ROW(MOVQ_Eq_Pq) { return mm_to_general<u64>(f, i, ea); }
-PV_ROW(MOVNTQ_Mq_Pq) { return mm_to_general<u64>(f, i, ea); }
+PV_ROW(MOVD_Pq_Ed) {
+    return general_to_mm<u32>(f, i, ea);
+}
+PV_ROW(MOVQ_Pq_Eq) {
+    return general_to_mm<u64>(f, i, ea);
+}
+PV_ROW(MOVD_Ed_Pq) {
+    return mm_to_general<u32>(f, i, ea);
+}
+PV_ROW(MOVQ_Eq_Pq) {
+    return mm_to_general<u64>(f, i, ea);
+}
+PV_ROW(MOVNTQ_Mq_Pq) {
+    return mm_to_general<u64>(f, i, ea);
+}
 
 PV_ROW(MOVQ_Pq_Qq) {
     u64 value;
@@ -253,8 +275,12 @@ inline bool insert_word(VcpuFrame& f, const Insn& i, u64 ea) {
 
 }  // namespace
 
-PV_ROW(PINSRW_Pq_Rd_Ib) { return insert_word(f, i, ea); }
-PV_ROW(PINSRW_Pq_Mw_Ib) { return insert_word(f, i, ea); }
+PV_ROW(PINSRW_Pq_Rd_Ib) {
+    return insert_word(f, i, ea);
+}
+PV_ROW(PINSRW_Pq_Mw_Ib) {
+    return insert_word(f, i, ea);
+}
 PV_ROW(PEXTRW_Gd_Nq_Ib) {
     f.gpr[i.reg] = static_cast<u16>(mm_value(f, i.rm) >> (i.imm & 3) * 16);
     enter_mmx(f);
@@ -271,14 +297,16 @@ PV_ROW(PMOVMSKB_Gd_Nq) {
 
 // --- Conversions --------------------------------------------------------------------------------
 
-// From memory no MMX register takes part. For CVTPI2PD that leaves the x87 state alone everywhere, for
-// CVTPI2PS on AMD's CPUs only (SDM 2, CVTPI2PS; APM 5).
+// From memory no MMX register takes part. For CVTPI2PD that leaves the x87 state alone everywhere,
+// for CVTPI2PS on AMD's CPUs only (SDM 2, CVTPI2PS; APM 5).
 PV_ROW(CVTPI2PS_Vps_Qq) {
     u64 value;
     if (!mm_source(f, i, ea, value)) return false;
     if (!i.has_mem || environment(f).cpuid.intel) enter_mmx(f);
     asm("movq %[s], %%xmm1\n\tcvtdq2ps %%xmm1, %%xmm0\n\tmovlps %%xmm0, %[d]"
-        : [d] "=m"(as<8>(f.ymm[i.reg])) : [s] "m"(value) : PV_CLOBBER);
+        : [d] "=m"(as<8>(f.ymm[i.reg]))
+        : [s] "m"(value)
+        : PV_CLOBBER);
     return true;
 }
 
@@ -286,7 +314,9 @@ namespace {
 
 inline void integers_to_doubles(VcpuFrame& f, const Insn& i, u64 value) {
     asm("cvtdq2pd %[s], %%xmm0\n\tmovaps %%xmm0, %[d]"
-        : [d] "=m"(as<16>(f.ymm[i.reg])) : [s] "m"(value) : PV_CLOBBER);
+        : [d] "=m"(as<16>(f.ymm[i.reg]))
+        : [s] "m"(value)
+        : PV_CLOBBER);
 }
 
 }  // namespace
@@ -304,14 +334,16 @@ PV_ROW(CVTPI2PD_Vpd_Mq) {
 }
 
 // From a vector of n bytes to two integers.
-#define PV_TO_INTEGERS(id, n, move, op)                                          \
-    PV_ROW(id) {                                                                 \
-        PV_SOURCE(n);                                                            \
-        u64 result;                                                              \
-        asm(move " %[s], %%xmm1\n\t" op " %%xmm1, %%xmm0\n\tmovq %%xmm0, %[r]"   \
-            : [r] "=m"(result) : PV_S(n) : PV_CLOBBER);                          \
-        set_mm(f, i.reg, result);                                                \
-        return true;                                                             \
+#define PV_TO_INTEGERS(id, n, move, op)                                        \
+    PV_ROW(id) {                                                               \
+        PV_SOURCE(n);                                                          \
+        u64 result;                                                            \
+        asm(move " %[s], %%xmm1\n\t" op " %%xmm1, %%xmm0\n\tmovq %%xmm0, %[r]" \
+            : [r] "=m"(result)                                                 \
+            : PV_S(n)                                                          \
+            : PV_CLOBBER);                                                     \
+        set_mm(f, i.reg, result);                                              \
+        return true;                                                           \
     }
 PV_TO_INTEGERS(CVTPS2PI_Pq_Wq, 8, "movq", "cvtps2dq")
 PV_TO_INTEGERS(CVTTPS2PI_Pq_Wq, 8, "movq", "cvttps2dq")

@@ -1,4 +1,5 @@
-// AES, SHA, carry-less and Galois-field multiplication with their VEX forms, and SSE4a's bit fields.
+// AES, SHA, carry-less and Galois-field multiplication with their VEX forms, and SSE4a's bit
+// fields.
 #include "soft/simd.hpp"
 
 namespace polyvisor::soft {
@@ -35,15 +36,22 @@ struct alignas(16) BitField {
     u64 low, high;
 };
 
-inline u64 field_control(const Insn& i) { return (i.imm & 0xff) | (i.imm2 & 0xff) << 8; }
+inline u64 field_control(const Insn& i) {
+    return (i.imm & 0xff) | (i.imm2 & 0xff) << 8;
+}
 
 inline void extract_field(u8* to, const BitField& control) {
     asm("movaps %[d], %%xmm0\n\tmovaps %[c], %%xmm1\n\textrq %%xmm1, %%xmm0\n\tmovaps %%xmm0, %[d]"
-        : [d] "+m"(as<16>(to)) : [c] "m"(control) : PV_CLOBBER);
+        : [d] "+m"(as<16>(to))
+        : [c] "m"(control)
+        : PV_CLOBBER);
 }
 inline void insert_field(u8* to, const BitField& value_and_control) {
-    asm("movaps %[d], %%xmm0\n\tmovaps %[c], %%xmm1\n\tinsertq %%xmm1, %%xmm0\n\tmovaps %%xmm0, %[d]"
-        : [d] "+m"(as<16>(to)) : [c] "m"(value_and_control) : PV_CLOBBER);
+    asm("movaps %[d], %%xmm0\n\tmovaps %[c], %%xmm1\n\tinsertq %%xmm1, %%xmm0\n\tmovaps %%xmm0, "
+        "%[d]"
+        : [d] "+m"(as<16>(to))
+        : [c] "m"(value_and_control)
+        : PV_CLOBBER);
 }
 inline BitField field(const u8* from) {
     BitField value;

@@ -83,32 +83,26 @@ struct alignas(16) Count {
 
 }  // namespace
 
-#define PV_SHIFT(NAME, op)                                                            \
-    PV_SSE(NAME##_Vx_Wx, op)                                                          \
-    PV_VEX128(V##NAME##_Vdq_Hdq_Wdq, 16, "v" op)                                      \
-    PV_VEX256(V##NAME##_Vqq_Hqq_Wdq, 16, "v" op)                                      \
-    PV_ROW(NAME##_Ux_Ib) {                                                            \
-        Count count{i.imm & 0xff};                                                    \
-        asm("movaps %[d], %%xmm0\n\t" op " %[n], %%xmm0\n\tmovaps %%xmm0, %[d]"       \
-            : [d] "+m"(as<16>(f.ymm[i.rm])) : [n] "m"(count) : PV_CLOBBER);           \
-        return true;                                                                  \
-    }                                                                                 \
-    PV_ROW(V##NAME##_Hdq_Udq_Ib) {                                                    \
-        Count count{i.imm & 0xff};                                                    \
-        asm("vmovdqa %[s], %%xmm1\n\tv" op                                            \
-            " %[n], %%xmm1, %%xmm0\n\tvmovdqa %%ymm0, %[d]"                           \
-            : [d] "=m"(as<32>(f.ymm[i.vvvv]))                                         \
-            : [s] "m"(as<16>(f.ymm[i.rm])), [n] "m"(count) : PV_CLOBBER);             \
-        return true;                                                                  \
-    }                                                                                 \
-    PV_ROW(V##NAME##_Hqq_Uqq_Ib) {                                                    \
-        Count count{i.imm & 0xff};                                                    \
-        asm("vmovdqa %[s], %%ymm1\n\tv" op                                            \
-            " %[n], %%ymm1, %%ymm0\n\tvmovdqa %%ymm0, %[d]\n\tvzeroupper"             \
-            : [d] "=m"(as<32>(f.ymm[i.vvvv]))                                         \
-            : [s] "m"(as<32>(f.ymm[i.rm])), [n] "m"(count) : PV_CLOBBER);             \
-        return true;                                                                  \
+// The immediate forms have the destination in ModRM.rm (legacy) or VEX.vvvv.
+#define PV_RM(n) "m"(as<n>(f.ymm[i.rm]))
+#define PV_SHIFT_IMM(id, out, text, ...)                             \
+    PV_ROW(id) {                                                     \
+        Count count{i.imm & 0xff};                                   \
+        PV_ASM(out, text, [n] "m"(count)__VA_OPT__(, ) __VA_ARGS__); \
+        return true;                                                 \
     }
+#define PV_SHIFT(NAME, op)                                                                  \
+    PV_SSE(NAME##_Vx_Wx, op)                                                                \
+    PV_VEX128(V##NAME##_Vdq_Hdq_Wdq, 16, "v" op)                                            \
+    PV_VEX256(V##NAME##_Vqq_Hqq_Wdq, 16, "v" op)                                            \
+    PV_SHIFT_IMM(NAME##_Ux_Ib, [d] "+m"(as<16>(f.ymm[i.rm])),                               \
+                 "movaps %[d], %%xmm0\n\t" op " %[n], %%xmm0" PV_TO_XMM)                    \
+    PV_SHIFT_IMM(                                                                           \
+        V##NAME##_Hdq_Udq_Ib, [d] "=m"(as<32>(f.ymm[i.vvvv])),                              \
+        "vmovdqa %[s], %%xmm1\n\tv" op " %[n], %%xmm1, %%xmm0" PV_TO_YMM128, [s] PV_RM(16)) \
+    PV_SHIFT_IMM(                                                                           \
+        V##NAME##_Hqq_Uqq_Ib, [d] "=m"(as<32>(f.ymm[i.vvvv])),                              \
+        "vmovdqa %[s], %%ymm1\n\tv" op " %[n], %%ymm1, %%ymm0" PV_TO_YMM256, [s] PV_RM(32))
 PV_SHIFT(PSRLW, "psrlw")
 PV_SHIFT(PSRLD, "psrld")
 PV_SHIFT(PSRLQ, "psrlq")
@@ -119,35 +113,28 @@ PV_SHIFT(PSLLD, "pslld")
 PV_SHIFT(PSLLQ, "psllq")
 
 // Byte shifts have no form with a register; 16 and more all clear.
-#define PV_BYTE_SHIFT(NAME, op)                                                             \
-    PV_IMM_ROW(NAME##_Ux_Ib) {                                                              \
-        u32 imm = i.imm & 0xf0 ? 16 : i.imm & 15;                                           \
-        asm("movaps %[d], %%xmm0\n\t" PV_COPIES(17, op " $pv_imm, %%xmm0")                  \
-            "movaps %%xmm0, %[d]"                                                           \
-            : [d] "+m"(as<16>(f.ymm[i.rm])), PV_IMM : : PV_IMM_CLOBBER);                    \
-        return true;                                                                        \
-    }                                                                                       \
-    PV_IMM_ROW(V##NAME##_Hdq_Udq_Ib) {                                                      \
-        u32 imm = i.imm & 0xf0 ? 16 : i.imm & 15;                                           \
-        asm("vmovdqa %[s], %%xmm1\n\t" PV_COPIES(17, "v" op " $pv_imm, %%xmm1, %%xmm0")     \
-            "vmovdqa %%ymm0, %[d]"                                                          \
-            : [d] "=m"(as<32>(f.ymm[i.vvvv])), PV_IMM                                       \
-            : [s] "m"(as<16>(f.ymm[i.rm])) : PV_IMM_CLOBBER);                               \
-        return true;                                                                        \
-    }                                                                                       \
-    PV_IMM_ROW(V##NAME##_Hqq_Uqq_Ib) {                                                      \
-        u32 imm = i.imm & 0xf0 ? 16 : i.imm & 15;                                           \
-        asm("vmovdqa %[s], %%ymm1\n\t" PV_COPIES(17, "v" op " $pv_imm, %%ymm1, %%ymm0")     \
-            "vmovdqa %%ymm0, %[d]\n\tvzeroupper"                                            \
-            : [d] "=m"(as<32>(f.ymm[i.vvvv])), PV_IMM                                       \
-            : [s] "m"(as<32>(f.ymm[i.rm])) : PV_IMM_CLOBBER);                               \
-        return true;                                                                        \
+#define PV_BYTE_SHIFT_ROW(id, out, text, ...)     \
+    PV_IMM_ROW(id) {                              \
+        u32 imm = i.imm & 0xf0 ? 16 : i.imm & 15; \
+        PV_ASM_IMM(out, text, __VA_ARGS__);       \
+        return true;                              \
     }
+#define PV_BYTE_SHIFT(NAME, op)                                                               \
+    PV_BYTE_SHIFT_ROW(NAME##_Ux_Ib, [d] "+m"(as<16>(f.ymm[i.rm])),                            \
+                      "movaps %[d], %%xmm0" PV_COPIES(17, op " $pv_imm, %%xmm0") PV_TO_XMM)   \
+    PV_BYTE_SHIFT_ROW(V##NAME##_Hdq_Udq_Ib, [d] "=m"(as<32>(f.ymm[i.vvvv])),                  \
+                      "vmovdqa %[s], %%xmm1" PV_COPIES(17, "v" op " $pv_imm, %%xmm1, %%xmm0") \
+                          PV_TO_YMM128,                                                       \
+                      [s] PV_RM(16))                                                          \
+    PV_BYTE_SHIFT_ROW(V##NAME##_Hqq_Uqq_Ib, [d] "=m"(as<32>(f.ymm[i.vvvv])),                  \
+                      "vmovdqa %[s], %%ymm1" PV_COPIES(17, "v" op " $pv_imm, %%ymm1, %%ymm0") \
+                          PV_TO_YMM256,                                                       \
+                      [s] PV_RM(32))
 PV_BYTE_SHIFT(PSRLDQ, "psrldq")
 PV_BYTE_SHIFT(PSLLDQ, "pslldq")
 
-#define PV_VARIABLE_SHIFT(NAME, op)             \
-    PV_VEX128(NAME##_Vdq_Hdq_Wdq, 16, op)       \
+#define PV_VARIABLE_SHIFT(NAME, op)       \
+    PV_VEX128(NAME##_Vdq_Hdq_Wdq, 16, op) \
     PV_VEX256(NAME##_Vqq_Hqq_Wqq, 32, op)
 PV_VARIABLE_SHIFT(VPSRLVD, "vpsrlvd")
 PV_VARIABLE_SHIFT(VPSRLVQ, "vpsrlvq")

@@ -27,9 +27,9 @@ PV_PACKED_IMM(PBLENDW, 256, 256, "pblendw")
 PV_PACKED_IMM(BLENDPS, 16, 256, "blendps")
 PV_PACKED_IMM(BLENDPD, 4, 16, "blendpd")
 
-#define PV_SHUFFLE_IMM(NAME, op)                               \
-    PV_SSE_IMM(NAME##_Vx_Wx_Ib, 256, op)                       \
-    PV_VEX128_UNARY_IMM(V##NAME##_Vdq_Wdq_Ib, 256, "v" op)     \
+#define PV_SHUFFLE_IMM(NAME, op)                           \
+    PV_SSE_IMM(NAME##_Vx_Wx_Ib, 256, op)                   \
+    PV_VEX128_UNARY_IMM(V##NAME##_Vdq_Wdq_Ib, 256, "v" op) \
     PV_VEX256_UNARY_IMM(V##NAME##_Vqq_Wqq_Ib, 256, "v" op)
 PV_SHUFFLE_IMM(PSHUFD, "pshufd")
 PV_SHUFFLE_IMM(PSHUFHW, "pshufhw")
@@ -42,55 +42,50 @@ PV_VEX128_UNARY(VMOVDDUP_Vdq_Wq, 8, "vmovddup")
 PV_VEX256_UNARY(VMOVDDUP_Vqq_Wqq, 32, "vmovddup")
 
 // The shift may be by 0 to 32 bytes; from 32 on nothing is left.
-#define PV_ALIGN_SHIFT u32 imm = i.imm & 0xe0 ? 32 : i.imm & 31
-PV_IMM_ROW(PALIGNR_Vx_Wx_Ib) {
-    PV_SOURCE(16);
-    PV_ALIGN_SHIFT;
-    asm("movups %[s], %%xmm1\n\tmovaps %[d], %%xmm0\n\t"
-        PV_COPIES(33, "palignr $pv_imm, %%xmm1, %%xmm0") "movaps %%xmm0, %[d]"
-        : PV_D16, PV_IMM : PV_S(16) : PV_IMM_CLOBBER);
-    return true;
-}
-PV_IMM_ROW(VPALIGNR_Vdq_Hdq_Wdq_Ib) {
-    PV_SOURCE(16);
-    PV_ALIGN_SHIFT;
-    asm("vmovdqu %[s], %%xmm1\n\tvmovdqa %[h], %%xmm2\n\t"
-        PV_COPIES(33, "vpalignr $pv_imm, %%xmm1, %%xmm2, %%xmm0") "vmovdqa %%ymm0, %[d]"
-        : PV_OUT32, PV_IMM : PV_S(16), PV_H(16) : PV_IMM_CLOBBER);
-    return true;
-}
-PV_IMM_ROW(VPALIGNR_Vqq_Hqq_Wqq_Ib) {
-    PV_SOURCE(32);
-    PV_ALIGN_SHIFT;
-    asm("vmovdqu %[s], %%ymm1\n\tvmovdqa %[h], %%ymm2\n\t"
-        PV_COPIES(33, "vpalignr $pv_imm, %%ymm1, %%ymm2, %%ymm0")
-        "vmovdqa %%ymm0, %[d]\n\tvzeroupper"
-        : PV_OUT32, PV_IMM : PV_S(32), PV_H(32) : PV_IMM_CLOBBER);
-    return true;
-}
+#define PV_ALIGN(id, n, out, text, ...)                            \
+    PV_IMM_ROW(id) {                                               \
+        PV_SOURCE(n);                                              \
+        u32 imm = i.imm & 0xe0 ? 32 : i.imm & 31;                  \
+        PV_ASM_IMM(out, text, PV_S(n) __VA_OPT__(, ) __VA_ARGS__); \
+        return true;                                               \
+    }
+PV_ALIGN(PALIGNR_Vx_Wx_Ib, 16, PV_D(16),
+         "movups %[s], %%xmm1\n\tmovaps %[d], %%xmm0" PV_COPIES(33,
+                                                                "palignr $pv_imm, %%xmm1, %%xmm0")
+             PV_TO_XMM)
+PV_ALIGN(VPALIGNR_Vdq_Hdq_Wdq_Ib, 16, PV_OUT(32),
+         "vmovdqu %[s], %%xmm1\n\tvmovdqa %[h], %%xmm2" PV_COPIES(
+             33, "vpalignr $pv_imm, %%xmm1, %%xmm2, %%xmm0") PV_TO_YMM128,
+         PV_H(16))
+PV_ALIGN(VPALIGNR_Vqq_Hqq_Wqq_Ib, 32, PV_OUT(32),
+         "vmovdqu %[s], %%ymm1\n\tvmovdqa %[h], %%ymm2" PV_COPIES(
+             33, "vpalignr $pv_imm, %%ymm1, %%ymm2, %%ymm0") PV_TO_YMM256,
+         PV_H(32))
 
 // --- Blending by a mask in a register -----------------------------------------------------------
 
-#define PV_BLEND_VEX(id, n, r, op, end)                                                      \
-    PV_ROW(id) {                                                                             \
-        const u8* mask = f.ymm[immediate_register(f, i)];                                    \
-        PV_WITH_SOURCE(n, asm("vmovdqa %[m], %%" r "2\n\tvmovdqa %[h], %%" r "1\n\t" op      \
-            " %%" r "2, %[s], %%" r "1, %%" r "0\n\tvmovdqa %%ymm0, %[d]" end                \
-            : PV_OUT32 : PV_S(n), PV_H(n), [m] "m"(as<n>(mask)) : PV_CLOBBER));              \
+// The legacy forms take the mask from XMM0.
+#define PV_BLEND_VEX(id, n, r, op, end)                                                          \
+    PV_ROW(id) {                                                                                 \
+        const u8* mask = f.ymm[immediate_register(f, i)];                                        \
+        PV_RUN(n, PV_OUT(32),                                                                    \
+               "vmovdqa %[m], %%" r "2\n\tvmovdqa %[h], %%" r "1\n\t" op " %%" r "2, %[s], %%" r \
+               "1, %%" r "0" end,                                                                \
+               PV_H(n), [m] "m"(as<n>(mask)))                                                    \
     }
-#define PV_BLEND(NAME, op)                                                       \
-    PV_SSE_XMM0(NAME##_Vx_Wx_XMM0, op)                                           \
-    PV_BLEND_VEX(V##NAME##_Vdq_Hdq_Wdq_Ldq, 16, "xmm", "v" op, "")               \
-    PV_BLEND_VEX(V##NAME##_Vqq_Hqq_Wqq_Lqq, 32, "ymm", "v" op, "\n\tvzeroupper")
+#define PV_BLEND(NAME, op)                                                   \
+    PV_SSE_XMM0(NAME##_Vx_Wx_XMM0, op)                                       \
+    PV_BLEND_VEX(V##NAME##_Vdq_Hdq_Wdq_Ldq, 16, "xmm", "v" op, PV_TO_YMM128) \
+    PV_BLEND_VEX(V##NAME##_Vqq_Hqq_Wqq_Lqq, 32, "ymm", "v" op, PV_TO_YMM256)
 PV_BLEND(PBLENDVB, "pblendvb")
 PV_BLEND(BLENDVPS, "blendvps")
 PV_BLEND(BLENDVPD, "blendvpd")
 
 // --- Widening -----------------------------------------------------------------------------------
 
-#define PV_WIDEN(NAME, n, w, n256, w256, op)                    \
-    PV_SSE_UNARY_N(NAME##_Vx_##w, n, op)                        \
-    PV_VEX128_UNARY(V##NAME##_Vdq_##w, n, "v" op)               \
+#define PV_WIDEN(NAME, n, w, n256, w256, op)      \
+    PV_SSE_UNARY_N(NAME##_Vx_##w, n, op)          \
+    PV_VEX128_UNARY(V##NAME##_Vdq_##w, n, "v" op) \
     PV_VEX256_UNARY(V##NAME##_Vqq_##w256, n256, "v" op)
 PV_WIDEN(PMOVSXBW, 8, Wq, 16, Wdq, "pmovsxbw")
 PV_WIDEN(PMOVSXBD, 4, Wd, 8, Wq, "pmovsxbd")

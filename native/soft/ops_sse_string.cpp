@@ -17,28 +17,28 @@ inline u32 string_length(const VcpuFrame& f, const Insn& i, u8 reg) {
 }  // namespace
 
 // Index results go to ECX, mask results to XMM0, the status flags are set by both.
-#define PV_EXPLICIT(op, fetch)                                                        \
-    PV_SOURCE(16);                                                                    \
-    PV_IMM_VALUE(256);                                                                \
-    u32 first = string_length(f, i, kRax), second = string_length(f, i, kRdx), index; \
-    Bytes<16> mask;                                                                   \
-    asm(fetch " %[s], %%xmm1\n\t" fetch " %[d], %%xmm2\n\tmovl %[first], %%r11d\n\t"  \
-        PV_COPIES(256, "movl %%r11d, %%eax\n\t" op " $pv_imm, %%xmm1, %%xmm2")        \
-        "lahf\n\tseto %%al\n\t" fetch " %%xmm0, %[mask]"                              \
-        : PV_IMM, "=&c"(index), [mask] "=m"(mask)                                      \
-        : [first] "r"(first), "d"(second), [d] "m"(as<16>(f.ymm[i.reg])), PV_S(16)    \
-        : PV_IMM_CLOBBER, "r11");                                                     \
+#define PV_EXPLICIT(op, fetch)                                                                  \
+    PV_SOURCE(16);                                                                              \
+    PV_IMM_VALUE(256);                                                                          \
+    u32 first = string_length(f, i, kRax), second = string_length(f, i, kRdx), index;           \
+    Bytes<16> mask;                                                                             \
+    asm(fetch " %[s], %%xmm1\n\t" fetch " %[d], %%xmm2\n\tmovl %[first], %%r11d\n\t" PV_COPIES( \
+            256, "movl %%r11d, %%eax\n\t" op                                                    \
+                 " $pv_imm, %%xmm1, %%xmm2") "lahf\n\tseto %%al\n\t" fetch " %%xmm0, %[mask]"   \
+        : [imm] "+a"(imm), "=&c"(index), [mask] "=m"(mask)                                      \
+        : [first] "r"(first), "d"(second), [d] "m"(as<16>(f.ymm[i.reg])), PV_S(16)              \
+        : PV_CLOBBER, "r10", "r11", "cc");                                                      \
     f.oszapc = static_cast<u16>(imm)
-#define PV_IMPLICIT(op, fetch)                                                        \
-    PV_SOURCE(16);                                                                    \
-    PV_IMM_VALUE(256);                                                                \
-    u32 index;                                                                        \
-    Bytes<16> mask;                                                                   \
-    asm(fetch " %[s], %%xmm1\n\t" fetch " %[d], %%xmm2\n\t"                           \
-        PV_COPIES(256, op " $pv_imm, %%xmm1, %%xmm2")                                 \
-        "lahf\n\tseto %%al\n\t" fetch " %%xmm0, %[mask]"                              \
-        : PV_IMM, "=&c"(index), [mask] "=m"(mask)                                      \
-        : [d] "m"(as<16>(f.ymm[i.reg])), PV_S(16) : PV_IMM_CLOBBER);                  \
+#define PV_IMPLICIT(op, fetch)                                                                   \
+    PV_SOURCE(16);                                                                               \
+    PV_IMM_VALUE(256);                                                                           \
+    u32 index;                                                                                   \
+    Bytes<16> mask;                                                                              \
+    asm(fetch " %[s], %%xmm1\n\t" fetch " %[d], %%xmm2\n\t" PV_COPIES(                           \
+            256, op " $pv_imm, %%xmm1, %%xmm2") "lahf\n\tseto %%al\n\t" fetch " %%xmm0, %[mask]" \
+        : [imm] "+a"(imm), "=&c"(index), [mask] "=m"(mask)                                       \
+        : [d] "m"(as<16>(f.ymm[i.reg])), PV_S(16)                                                \
+        : PV_CLOBBER, "r10", "cc");                                                              \
     f.oszapc = static_cast<u16>(imm)
 #define PV_INDEX_ROW(id, kind, op, fetch) \
     PV_IMM_ROW(id) {                      \
@@ -46,12 +46,12 @@ inline u32 string_length(const VcpuFrame& f, const Insn& i, u8 reg) {
         f.gpr[kRcx] = index;              \
         return true;                      \
     }
-#define PV_MASK_ROW(id, kind, op, fetch)  \
-    PV_IMM_ROW(id) {                      \
-        kind(op, fetch);                  \
-        as<16>(f.ymm[0]) = mask;          \
+#define PV_MASK_ROW(id, kind, op, fetch)                \
+    PV_IMM_ROW(id) {                                    \
+        kind(op, fetch);                                \
+        as<16>(f.ymm[0]) = mask;                        \
         if (i.prefixes & kPrefixVex) clear_upper(f, 0); \
-        return true;                      \
+        return true;                                    \
     }
 
 PV_INDEX_ROW(PCMPESTRI_Vdq_Wdq_Ib, PV_EXPLICIT, "pcmpestri", "movdqu")

@@ -27,10 +27,18 @@ const OpBinding kFpuStateOps[] = {
 
 }  // namespace
 
-std::span<const OpBinding> mmx_ops() { return kMmxOps; }
-std::span<const OpBinding> sse_ops() { return kSseOps; }
-std::span<const OpBinding> avx_ops() { return kAvxOps; }
-std::span<const OpBinding> fpu_state_ops() { return kFpuStateOps; }
+std::span<const OpBinding> mmx_ops() {
+    return kMmxOps;
+}
+std::span<const OpBinding> sse_ops() {
+    return kSseOps;
+}
+std::span<const OpBinding> avx_ops() {
+    return kAvxOps;
+}
+std::span<const OpBinding> fpu_state_ops() {
+    return kFpuStateOps;
+}
 
 const u8* memory_source(VcpuFrame& f, const Insn& i, u64 ea, u8* buffer, unsigned size) {
     u64 linear;

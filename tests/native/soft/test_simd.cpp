@@ -19,7 +19,8 @@ struct SimdGuest : LongGuest {
     explicit SimdGuest(std::string_view code, u64 xcr0 = 7) : LongGuest(code) {
         for (u64 n = 0; n < 32; ++n) {
             u64 at = kHandlers + 16 * n;
-            const u8 handler[] = {0x41, 0xbf, static_cast<u8>(n), 0, 0, 0, 0xf4};  // mov r15d, n; hlt
+            const u8 handler[] = {0x41, 0xbf, static_cast<u8>(n), 0, 0,
+                                  0,    0xf4};  // mov r15d, n; hlt
             memory.write(Gpa(at), handler);
             memory.store<u64>(Gpa(kIdt + 16 * n), (at & 0xffff) | 8 << 16 | u64{0x8e00} << 32 |
                                                       (at >> 16 & 0xffff) << 48);
@@ -159,7 +160,9 @@ PV_GUEST(mask_again, R"(
 )")
 
 constexpr u32 kMasked = 0x1f80, kIe = 1, kZe = 4, kPe = 32;
-constexpr u32 unmask(u32 flag) { return kMasked & ~(flag << 7); }
+constexpr u32 unmask(u32 flag) {
+    return kMasked & ~(flag << 7);
+}
 constexpr u32 kOne = 0x3f800000, kThree = 0x40400000, kNan = 0x7fc00000;
 
 static void test_unmasked() {
@@ -284,7 +287,7 @@ static void test_fxsave() {
     CHECK_EQ(g.at<u64>(g.kData + 16), u64{0x99aabbccddeeff00});
     CHECK_EQ(g.at<u32>(g.kData + 24), kMasked);
     CHECK_EQ(g.at<u32>(g.kData + 28), 0xffffu);
-    CHECK_EQ(g.at<u64>(g.kData + 32), 0x3333333333333333u);      // ST(0) is physical 3
+    CHECK_EQ(g.at<u64>(g.kData + 32), 0x3333333333333333u);  // ST(0) is physical 3
     CHECK_EQ(g.at<u64>(g.kData + 40), u64{0x3333});
     CHECK_EQ(g.at<u64>(g.kData + 160 + 15 * 16), 0x4f4f4f4f4f4f4f4fu);
     CHECK_EQ(g.at<u64>(g.kData + 416), ~u64{0});  // not the CPU's
@@ -320,7 +323,8 @@ static void test_xsave() {
     for (auto code : {xsave_all(), xsaveopt_all()}) {
         SimdGuest g(code);
         distinct_state(g);
-        for (unsigned n = 0; n < 16; ++n) std::memset(g.frame().ymm[n] + 16, 0, 16);  // AVX: initial
+        for (unsigned n = 0; n < 16; ++n)
+            std::memset(g.frame().ymm[n] + 16, 0, 16);  // AVX: initial
         for (u64 n = 0; n < 832; n += 8) g.memory.store<u64>(Gpa(g.kData + n), 0x1234567800000000);
         CHECK_EQ(g.vector(), kNoFault);
         CHECK_EQ(g.at<u64>(g.kData + 512), 0x1234567800000003u);
@@ -364,8 +368,8 @@ static void test_xrstor() {
     } headers[] = {
         {xrstor_all(), 7, 0, 0, kNoFault},
         {xrstor_all(), 0, 0, 0, kNoFault},
-        {xrstor_all(), 8, 0, 0, soft::kGp},             // not in XCR0
-        {xrstor_all(), 0, 1, 0, soft::kGp},             // format bits without bit 63
+        {xrstor_all(), 8, 0, 0, soft::kGp},  // not in XCR0
+        {xrstor_all(), 0, 1, 0, soft::kGp},  // format bits without bit 63
         {xrstor_all(), 0, 0, 1, soft::kGp},
         {xrstor_all(), 5, bit(63) | 7, 0, kNoFault},
         {xrstor_all(), 6, bit(63) | 5, 0, soft::kGp},   // saved but not in the format
@@ -395,8 +399,9 @@ static void test_xrstor() {
         bool x87 = h.saved & 1, sse = h.saved & 2, avx = h.saved & 4;
         CHECK_EQ(g.lane(2, 0), !done || avx_only ? 0x22222222u : sse ? 0x42424242u : 0u);
         CHECK_EQ(g.lane(2, 4), !done ? 0x22222222u : avx ? 0x82828282u : 0u);
-        CHECK_EQ(g.frame().x87.control,
-                 static_cast<u16>(!done || avx_only ? 0x77f : x87 ? 0x27f : 0x37f));
+        CHECK_EQ(g.frame().x87.control, static_cast<u16>(!done || avx_only ? 0x77f
+                                                         : x87             ? 0x27f
+                                                                           : 0x37f));
         bool loaded = done && (h.compaction == 0 || sse);  // else: initial, which it was
         CHECK_EQ(g.frame().mxcsr, loaded ? kMasked | kPe : kMasked);
     }

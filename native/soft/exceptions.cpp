@@ -275,6 +275,7 @@ bool deliver_all(VcpuFrame& f, Fault now, EventType type) {
         const u32* error = now.has_error ? &now.error : nullptr;
         if (PV_LIKELY(enter_handler(f, now.vector, type, error, set_rf))) {
             f.fault = {};
+            f.activity = Activity::kRunning;  // a trap after HLT ends it
             return true;
         }
         Fault next = f.fault;
@@ -303,7 +304,6 @@ bool deliver_fault(VcpuFrame& f) { return deliver_all(f, f.fault, EventType::kEx
 
 bool deliver_event(VcpuFrame& f, u8 vector, EventType type) {
     Fault event{.pending = Pending::kException, .vector = vector, .trap = true};
-    f.activity = Activity::kRunning;
     return deliver_all(f, event, type);
 }
 

@@ -205,6 +205,7 @@ Exit SoftVcpu::run() {
             if (wait_while_halted(exit)) return exit;
             continue;
         }
+        halt_reported_ = false;  // it runs: a further HLT is another one
         slice_ = frame.budget = slice_length();
         dispatch();
         u64 ran = static_cast<u64>(slice_ - frame.budget);
@@ -228,7 +229,6 @@ Exit SoftVcpu::run() {
                 return stop_exit(ExitReason::kShutdown, "triple fault");
             }
         }
-        halt_reported_ = halt_reported_ && frame.activity == Activity::kHalted;
     }
 }
 
@@ -299,7 +299,9 @@ bool SoftVcpu::before_step() {
 void SoftVcpu::after_step(bool trap) {
     u64 hits = std::exchange(frame.debug_hits, 0);
     if (std::exchange(frame.no_step_trap, false)) trap = false;
-    if (frame.fault.pending != Pending::kNone || frame.shadow_ss) return;
+    // Between two elements of a repeated instruction there is a trap too, with RIP still at it.
+    bool between = frame.fault.pending == Pending::kRestart;
+    if ((frame.fault.pending != Pending::kNone && !between) || frame.shadow_ss) return;
     if (trap) hits |= bit(14);
     if (hits == 0) return;
     raise_trap(frame, kDb);

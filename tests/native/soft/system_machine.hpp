@@ -70,12 +70,14 @@ inline Segment segment_of(u16 selector, u64 raw) {
 class FakeApic : public LocalInterrupts {
   public:
     std::vector<int> vectors;
+    CpuSignals* cpu = nullptr;
     u8 priority = 0;
     bool pending() const override { return !vectors.empty(); }
     int acknowledge() override {
         if (vectors.empty()) return -1;
         int vector = vectors.front();
         vectors.erase(vectors.begin());
+        if (!vectors.empty() && cpu != nullptr) cpu->interrupt();
         return vector;
     }
     u8 cr8() const override { return priority; }
@@ -112,6 +114,7 @@ struct Machine {
         EngineConfig config{memory, pio, mmio, clock, policy};
         engine = soft::create_engine(config);
         vcpu = engine->create_vcpu(0, &apic);
+        apic.cpu = vcpu.get();
         build_tables();
         build_state();
     }

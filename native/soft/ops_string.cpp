@@ -273,8 +273,12 @@ bool cmps(VcpuFrame& f, const Insn& i, u64) {
     T a{}, b{};
     auto one = [&] {
         T new_a, new_b;
-        if (!load_at(f, i.segment, cursor.source(), new_a) ||
-            !load_at(f, kEs, cursor.destination(), new_b)) {
+        // No manual says which operand faults first. Zen reads the destination first, but for REP
+        // CMPSB.
+        bool source_first = sizeof(T) == 1 && cursor.repeated();
+        if ((source_first && !load_at(f, i.segment, cursor.source(), new_a)) ||
+            !load_at(f, kEs, cursor.destination(), new_b) ||
+            (!source_first && !load_at(f, i.segment, cursor.source(), new_a))) {
             return false;
         }
         a = new_a;

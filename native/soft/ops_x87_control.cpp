@@ -110,6 +110,16 @@ void initialize(VcpuFrame& f) {
     x.cs = x.ds = 0;
 }
 
+/// As load_bytes and store_bytes, with the alignment check of environments.
+bool load_image(VcpuFrame& f, const Insn& i, u64 ea, u8* image, u32 size) {
+    return aligned(f, i, ea, size, i.opsize == 2 ? 2 : 4, false) &&
+           load_bytes(f, i, ea, image, size);
+}
+bool store_image(VcpuFrame& f, const Insn& i, u64 ea, const u8* image, u32 size) {
+    return aligned(f, i, ea, size, i.opsize == 2 ? 2 : 4, true) &&
+           store_bytes(f, i, ea, image, size);
+}
+
 bool fldcw(VcpuFrame& f, const Insn& i, u64 ea) {
     u16 value;
     if (!load(f, i, ea, value)) return false;
@@ -129,7 +139,7 @@ bool fnstsw_ax(VcpuFrame& f, const Insn&, u64) {
 
 bool fldenv(VcpuFrame& f, const Insn& i, u64 ea) {
     u8 image[28];
-    if (!load_bytes(f, i, ea, image, environment_size(i))) return false;
+    if (!load_image(f, i, ea, image, environment_size(i))) return false;
     read_environment(f, i, image);
     return true;
 }
@@ -137,7 +147,7 @@ bool fldenv(VcpuFrame& f, const Insn& i, u64 ea) {
 bool fnstenv(VcpuFrame& f, const Insn& i, u64 ea) {
     u8 image[28];
     write_environment(f, i, image);
-    if (!store_bytes(f, i, ea, image, environment_size(i))) return false;
+    if (!store_image(f, i, ea, image, environment_size(i))) return false;
     f.x87.control |= kExceptions;
     update_summary(f);
     return true;
@@ -148,14 +158,14 @@ bool fnsave(VcpuFrame& f, const Insn& i, u64 ea) {
     write_environment(f, i, image);
     u32 at = environment_size(i);
     for (unsigned n = 0; n < 8; ++n, at += 10) std::memcpy(image + at, &st(f, n), 10);
-    if (!store_bytes(f, i, ea, image, at)) return false;
+    if (!store_image(f, i, ea, image, at)) return false;
     initialize(f);
     return true;
 }
 bool frstor(VcpuFrame& f, const Insn& i, u64 ea) {
     u8 image[108];
     u32 at = environment_size(i);
-    if (!load_bytes(f, i, ea, image, at + 80)) return false;
+    if (!load_image(f, i, ea, image, at + 80)) return false;
     read_environment(f, i, image);
     for (unsigned n = 0; n < 8; ++n, at += 10) std::memcpy(&st(f, n), image + at, 10);
     return true;

@@ -23,10 +23,27 @@ inline bool push_converted(VcpuFrame& f, Convert&& convert) {
     return true;
 }
 
+struct Extended {
+    u8 bytes[10];
+};
+
+template <class T>
+inline bool load_operand(VcpuFrame& f, const Insn& i, u64 ea, T& value) {
+    if (sizeof(T) == 10 && !aligned(f, i, ea, 10, 8, false)) return false;
+    return load(f, i, ea, value);
+}
+/// Stores, or only finds out whether a store would fault.
+template <class T>
+inline bool store_operand(VcpuFrame& f, const Insn& i, u64 ea, const T& value, bool really) {
+    if (PV_UNLIKELY(!really)) return probe(f, i, ea, sizeof(T));
+    if (sizeof(T) == 10 && !aligned(f, i, ea, 10, 8, true)) return false;
+    return store(f, i, ea, value);
+}
+
 #define PV_X87_LOAD(name, type, text)                            \
     bool name(VcpuFrame& f, const Insn& i, u64 ea) {             \
         type source;                                             \
-        if (!load(f, i, ea, source)) return false;               \
+        if (!load_operand(f, i, ea, source)) return false;       \
         note(f, i, ea);                                          \
         return push_converted(f, [&](Register& value) {          \
             u16 sw;                                              \
@@ -37,9 +54,6 @@ inline bool push_converted(VcpuFrame& f, Convert&& convert) {
             return sw;                                           \
         });                                                      \
     }
-struct Extended {
-    u8 bytes[10];
-};
 PV_X87_LOAD(load_f32, u32, "flds")
 PV_X87_LOAD(load_f64, u64, "fldl")
 PV_X87_LOAD(load_f80, Extended, "fldt")
@@ -96,7 +110,7 @@ inline bool store_converted(VcpuFrame& f, const Insn& i, u64 ea, const T& indefi
                             Convert&& convert) {
     if (PV_UNLIKELY(empty(f, 0))) {
         bool masked = f.x87.control & kInvalid;
-        if (masked && !store(f, i, ea, indefinite)) return false;
+        if (!store_operand(f, i, ea, indefinite, masked)) return false;
         note(f, i, ea);
         stack_fault(f, false);
         if (masked && pops) pop(f);
@@ -105,7 +119,7 @@ inline bool store_converted(VcpuFrame& f, const Insn& i, u64 ea, const T& indefi
     T value;
     u16 sw = convert(value);
     bool blocked = unmasked(f, sw) & kNoStore;
-    if (!blocked && !store(f, i, ea, value)) return false;
+    if (!store_operand(f, i, ea, value, !blocked)) return false;
     note(f, i, ea);
     commit_status(f, sw, kC1);
     if (pops && !blocked) pop(f);
@@ -161,11 +175,10 @@ PV_X87_STORE_POP(store_bcd, Extended, kIndefiniteBcd, "fbstp")
 bool store_f80(VcpuFrame& f, const Insn& i, u64 ea) {
     Extended value;
     bool underflow = empty(f, 0);
-    if (PV_LIKELY(!underflow || (f.x87.control & kInvalid))) {
-        Register from = underflow ? kIndefinite : st(f, 0);
-        std::memcpy(&value, &from, sizeof value);
-        if (!store(f, i, ea, value)) return false;
-    }
+    Register from = underflow ? kIndefinite : st(f, 0);
+    std::memcpy(&value, &from, sizeof value);
+    bool stores = !underflow || (f.x87.control & kInvalid);
+    if (!store_operand(f, i, ea, value, stores)) return false;
     note(f, i, ea);
     f.x87.status &= static_cast<u16>(~kC1);
     if (PV_UNLIKELY(underflow) && !stack_fault(f, false)) return true;

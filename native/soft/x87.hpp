@@ -111,6 +111,24 @@ inline void note(VcpuFrame& f, const Insn& i, u64 ea) {
     f.x87.cs = f.x87.ds = 0;
 }
 
+/// #AC for operands whose alignment is not their size: 8 for 80-bit values, 2 or 4 for the
+/// environment (SDM 3A, table 6-7). Comes before #PF, after what makes the address itself wrong.
+inline bool aligned(VcpuFrame& f, const Insn& i, u64 ea, u32 size, u32 alignment, bool write) {
+    if (PV_LIKELY(!(f.mode & kModeAlignCheck))) return true;
+    u64 linear;
+    if (!linear_address(f, i.segment, ea, size, write, linear)) return false;
+    unsigned width = f.cr4 & bit(12) ? 57 : 48;
+    bool canonical = !f.long64() || static_cast<u64>(sign_extend(linear, width)) == linear;
+    return !canonical || (linear & (alignment - 1)) == 0 || raise(f, kAcFault, 0);
+}
+/// An operation that does not store after all (unmasked exception) still needs a writable operand.
+[[gnu::cold]] inline bool probe(VcpuFrame& f, const Insn& i, u64 ea, u32 size) {
+    u64 linear;
+    return aligned(f, i, ea, size, size == 10 ? 8 : size, true) &&
+           linear_address(f, i.segment, ea, size, true, linear) &&
+           probe_write_linear(f, linear, size, Privilege::kCurrent, i.segment);
+}
+
 // Pieces of the asm statements. They use AX and need operands [cw] (the guest's control word) and
 // [def] (the default one) in memory, and [sw] as "=&a".
 #define PV_X87_ENTER "cmpw $0x37f, %[cw]\n\tje 1f\n\tfldcw %[cw]\n1:\t"

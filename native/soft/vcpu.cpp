@@ -235,6 +235,7 @@ Exit SoftVcpu::run() {
 // Runs blocks until something needs run()'s attention: a request, a fault, the end of the slice, a
 // halt, or an interrupt that can be taken now.
 void SoftVcpu::dispatch() {
+    frame.link_slot_valid = false;  // an event may have moved RIP since the last block was left
     while (frame.irq_req.load(std::memory_order_relaxed) == 0) {
         // Without breakpoints RF has nothing to hold back (SDM 3B, 17.3.1.1).
         if (!(frame.dr7 & 0xff)) frame.rflags_rest &= ~u64{kFlagRf};

@@ -148,9 +148,12 @@ void write_place(VcpuFrame& f, const Place& place, const void* from, u32 size) {
     }
 }
 
+// Vectors of 16 and 32 bytes are checked for 16, the ten bytes of an x87 register for 8.
 bool misaligned(VcpuFrame& f, u64 linear, u32 size, Privilege privilege) {
-    bool wrong = (f.mode & kModeAlignCheck) && privilege == Privilege::kCurrent &&
-                 (size == 2 || size == 4 || size == 8) && (linear & (size - 1));
+    if (PV_LIKELY(!(f.mode & kModeAlignCheck))) return false;
+    u64 mask = size == 2 || size == 4 || size == 8 ? size - 1 : size == 16 || size == 32 ? 15 : size == 10 ? 7 : 0;
+    bool wrong = privilege == Privilege::kCurrent && (linear & mask) &&
+                 (!(f.mode & kModeLongActive) || canonical(f, linear));  // else #GP or #SS comes first
     if (wrong) raise(f, kAcFault, 0);
     return wrong;
 }

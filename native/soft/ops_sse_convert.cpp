@@ -1,4 +1,5 @@
 // Conversions between integers and the floating-point formats: SSE, SSE2, AVX and F16C.
+#include "soft/operands.hpp"
 #include "soft/simd.hpp"
 
 namespace polyvisor::soft {
@@ -103,9 +104,10 @@ namespace {
 
 // Stores the result. This is the one operation that can raise a SIMD floating-point exception and
 // whose destination is not ModRM.reg's: run_checked_simd() cannot take it back, so it is not
-// written at all when an unmasked exception was raised.
+// written at all when an unmasked exception was raised. The target was opened before MXCSR's flags
+// were touched: a page fault comes first.
 template <unsigned n>
-bool store_halves(VcpuFrame& f, const Insn& i, u64 ea, const u8* result) {
+bool store_halves(VcpuFrame& f, const Insn& i, const Target& target, const u8* result) {
     if (f.mode & kModeFpException) {
         u32 raised = host_mxcsr() & kMxcsrFlags & ~(f.mxcsr >> 7);
         if (raised != 0) return true;
@@ -115,7 +117,7 @@ bool store_halves(VcpuFrame& f, const Insn& i, u64 ea, const u8* result) {
         clear_upper(f, i.rm);
         return true;
     }
-    return store(f, i, ea, as<n>(result));
+    return target.write(f, as<n>(result));
 }
 
 }  // namespace
@@ -123,12 +125,14 @@ bool store_halves(VcpuFrame& f, const Insn& i, u64 ea, const u8* result) {
 #define PV_TO_HALVES(id, n, r, bytes, end)                                                      \
     PV_IMM_ROW(id) {                                                                            \
         PV_IMM_VALUE(256);                                                                      \
+        Target target;                                                                          \
+        if (i.has_mem && !open_target<Bytes<bytes>>(f, i, ea, target)) return false;            \
         alignas(16) u8 result[16];                                                              \
         PV_ASM_IMM([to] "=m"(result),                                                           \
                    "vmovdqa %[v], %%" r "1" PV_COPIES(                                          \
                        256, "vcvtps2ph $pv_imm, %%" r "1, %%xmm0") "vmovdqa %%xmm0, %[to]" end, \
                    [v] "m"(as<n>(f.ymm[i.reg])));                                               \
-        return store_halves<bytes>(f, i, ea, result);                                           \
+        return store_halves<bytes>(f, i, target, result);                                       \
     }
 PV_TO_HALVES(VCVTPS2PH_Wq_Vdq_Ib, 16, "xmm", 8, "")
 PV_TO_HALVES(VCVTPS2PH_Wdq_Vqq_Ib, 32, "ymm", 16, "\n\tvzeroupper")

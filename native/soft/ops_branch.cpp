@@ -22,8 +22,22 @@ bool jump(VcpuFrame& f, const Insn& i, u64 ip) {
     f.rip = ip;
     return true;
 }
+/// Of two faults the stack's comes first: real CPUs push before they look at the target.
+[[gnu::cold]] bool call_failed(VcpuFrame& f, const Insn& i) {
+    Fault target_fault = f.fault;
+    f.fault = Fault{};
+    u64 rsp = moved_stack_pointer(f, f.gpr[kRsp], u64{0} - i.opsize);
+    u64 linear;
+    if (!linear_address(f, kSs, rsp & stack_mask(f), i.opsize, true, linear) ||
+        !probe_write_linear(f, linear, i.opsize, Privilege::kCurrent, kSs)) {
+        return false;
+    }
+    f.fault = target_fault;
+    return false;
+}
 bool call(VcpuFrame& f, const Insn& i, u64 ip) {
-    if (!check_target(f, i, ip) || !push(f, f.rip, i.opsize)) return false;
+    if (!check_target(f, i, ip)) return call_failed(f, i);
+    if (!push(f, f.rip, i.opsize)) return false;
     f.rip = ip;
     return true;
 }

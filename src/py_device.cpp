@@ -73,6 +73,8 @@ void Core::detached(Bus& bus, u64 start) {
 
 void Core::release() {
     for (auto& [bus, start] : std::exchange(claims_, {})) bus->detach(start);
+    machine_->pio().release_detached();
+    machine_->mmio().release_detached();
     for (PyTimer* timer : std::set(timers_)) timer->release();
     std::exchange(devices_, {}).clear();
     exception_ = py::object();  // what is left of a Core is destroyed without the GIL

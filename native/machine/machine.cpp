@@ -37,6 +37,7 @@ Machine::Machine(MachineConfig config)
     }
     clock_.set_tsc_khz(config_.tsc_khz);
     clock_.pause();  // until start()
+    clock_.set(0);
 
     CpuidPolicy cpuid;
     if (config_.make_engine) {
@@ -109,11 +110,16 @@ void Machine::start() {
     note_views();
     clock_.resume();
     if (!control_.start()) wrong_phase("not started before");  // ended meanwhile
-    VcpuThread::Hooks hooks = config_.thread_hooks;
-    hooks.started = [this, also = hooks.started] {
+    VcpuThread::Hooks hooks;
+    hooks.started = [this] {
         own_machine = this;
-        if (also) also();
+        if (config_.thread_hooks.started) config_.thread_hooks.started();
     };
+    hooks.finished = [this] {
+        if (config_.thread_hooks.finished) config_.thread_hooks.finished();
+        if (--unfinished_ == 0) close_consoles();
+    };
+    unfinished_ = static_cast<u32>(threads_.size());
     try {
         for (auto& thread : threads_) thread->start(hooks);
     } catch (const Error& error) {
@@ -178,6 +184,11 @@ void Machine::finish() {
     for (auto& thread : threads_) thread->join();
     clock_.pause();
     loop_.stop();
+    close_consoles();
+}
+
+// The guest says no more: what it said last reaches the readers, and they stop waiting.
+void Machine::close_consoles() {
     pc_->flush();
     for (unsigned port = 0; port < pc_->serial_ports(); ++port) pc_->console(port)->close();
     pc_->debug_console()->close();

@@ -97,6 +97,7 @@ class Machine {
     void start_loop();
     void note_views();
     void finish();
+    void close_consoles();
     void check_index(u32 index) const;
     [[noreturn]] void wrong_phase(const char* wanted) const;
 
@@ -113,6 +114,7 @@ class Machine {
     std::vector<std::unique_ptr<Vcpu>> vcpus_;
     std::vector<std::unique_ptr<VcpuThread>> threads_;
     std::mutex lifecycle_mutex_;
+    std::atomic<u32> unfinished_{0};  // vCPU threads
     bool loop_started_ = false;
     bool finished_ = false;
 };

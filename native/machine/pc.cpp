@@ -115,6 +115,7 @@ Pc::~Pc() {
     // The buses live longer and share the chips, which must not outlive what they are wired to.
     for (auto& [bus, start] : claims_) bus->detach(start);
     for (auto& [bus, start] : claims_) bus->release_detached();
+    for (auto& [bus, start] : claims_) bus->release_detached();
     for (auto& console : consoles_) console->detach();
     for (auto& lapic : lapics_) lapic->disconnect();
 }

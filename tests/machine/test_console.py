@@ -9,7 +9,7 @@ from guestcode import LOOP_FOREVER, SERIAL, end, out8, real_mode, say
 from polyvisor.errors import ConfigError, ConsoleClosed, ConsoleTimeout
 
 # Echoes every byte that comes on the first serial port: wait for LSR.DR, in, out.
-ECHO = bytes.fromhex("bafd03 ec a801 74fb baf803 ec ee ebf2")
+ECHO = bytes.fromhex("bafd03 ec a801 74fb baf803 ec ee ebf1")
 
 
 def test_transcript_and_reading() -> None:
@@ -83,7 +83,7 @@ def test_other_ports() -> None:
 def test_flow_control_holds_the_guest_and_loses_nothing() -> None:
     # mov dx, lsr; wait: in al, dx; test al, 0x20; jz wait; mov dx, thr; inc cl; mov al, cl; out;
     # loop
-    flood = bytes.fromhex("bafd03 ec a820 74fb baf803 fec1 88c8 ee ebf0")
+    flood = bytes.fromhex("bafd03 ec a820 74fb baf803 fec1 88c8 ee ebee")
     assert SERIAL == 0x3F8
     with real_mode(flood) as machine:
         console = machine.console

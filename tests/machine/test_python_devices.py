@@ -19,6 +19,7 @@ from guestcode import (
     out8,
     out32,
     real_mode,
+    say,
     store_al,
     store_eax,
 )
@@ -213,12 +214,12 @@ def test_interrupts_reach_the_guest() -> None:
     # IVT entry 8 (IRQ 0 base 8 after reset is not set up: program the 8259s), handler writes and
     # ends.
     setup = out8(0x20, 0x11) + out8(0x21, 0x20) + out8(0x21, 4) + out8(0x21, 1) + out8(0x21, 0xDF)
-    with real_mode(setup + STI + HLT + LOOP_FOREVER) as machine:
+    with real_mode(setup + say(b"ready") + STI + HLT + LOOP_FOREVER) as machine:
         machine.load_raw(0x8000, end(6))
         machine.memory.write(0x25 * 4, b"\x00\x80\x00\x00")  # IRQ 5 -> 0:8000
         line = machine.irq(5)
         machine.start()
-        time.sleep(0.02)
+        machine.console.expect("ready", timeout=10)
         line.pulse()
         info = machine.wait(10)
         assert info is not None

@@ -84,7 +84,8 @@ class Lapic final : public LocalInterrupts {
     void reset(bool init) override;
 
     /// Guest TSC minus Clock::tsc() (IA32_TSC_ADJUST and writes to IA32_TIME_STAMP_COUNTER): moves
-    /// an armed TSC deadline with it.
+    /// an armed TSC deadline with it. An engine that translates the deadlines it passes on
+    /// itself leaves this at 0.
     void set_tsc_offset(u64 offset);
 
     // Called by the ApicBus.

@@ -244,6 +244,7 @@ inline void Machine::build_tables() {
         put<u16>(kTss + 8, kDs32);
         put<u32>(kTss + 12, static_cast<u32>(kStack1));
         put<u16>(kTss + 16, kDs1);
+        put<u32>(kTss + 0x1c, static_cast<u32>(kPd32));
     }
     put<u16>(kTss + 0x66, 0x88 + 32);  // I/O map, the redirection map below it
     for (u64 n = 0; n <= 0x1f00; n += 8) {

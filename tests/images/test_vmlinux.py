@@ -52,7 +52,7 @@ def test_extracted(compress: Callable[[bytes], bytes], tmp_path: Path) -> None:
 def test_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POLYVISOR_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "vmlinuz"
-    path.write_bytes(bzimage(size=0x10000, payload=gzip.compress(KERNEL) + SIZE))
+    path.write_bytes(bzimage(size=0x10000, payload=gzip.compress(KERNEL, mtime=0) + SIZE))
     place = vmlinux.cached(path)
     assert place.read_bytes() == KERNEL
     assert vmlinux.cached(path) == place
@@ -62,8 +62,8 @@ def test_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("payload", "reason"),
     [
         (b"no known compression", "unsupported"),
-        (gzip.compress(b"not an ELF file") + SIZE, "unsupported"),
-        (gzip.compress(KERNEL)[:20] + b"garbage" * 20, "corrupt"),
+        (gzip.compress(b"not an ELF file", mtime=0) + SIZE, "unsupported"),
+        (gzip.compress(KERNEL, mtime=0)[:20] + b"garbage" * 20, "corrupt"),
         (zstandard.compress(KERNEL)[:20], "unsupported"),
     ],
 )

@@ -196,13 +196,13 @@ std::string random_program(std::mt19937_64& random) {
                 byte(pick(128));
                 break;
             case 5:  // group 1 with an 8-bit immediate
-                byte(rex & ~4u | (m >= 8));
+                byte((rex & ~4u) | (m >= 8));
                 byte(0x83);
                 byte(0xc0 | pick(8) << 3 | (m & 7));
                 byte(pick(256));
                 break;
             case 6:  // shifts and rotates by an immediate or CL
-                byte(rex & ~4u | (m >= 8));
+                byte((rex & ~4u) | (m >= 8));
                 if (bool by_cl = pick(2); by_cl) {
                     byte(0xd3);
                     byte(0xc0 | pick(8) << 3 | (m & 7));
@@ -220,7 +220,7 @@ std::string random_program(std::mt19937_64& random) {
                 byte(reg_rm);
                 break;
             case 8:  // not, neg, mul, imul; inc, dec
-                byte(rex & ~4u | (m >= 8));
+                byte((rex & ~4u) | (m >= 8));
                 if (pick(2)) {
                     byte(0xf7);
                     byte(0xc0 | (2 + pick(4)) << 3 | (m & 7));

@@ -1,6 +1,7 @@
 // From RIP to a block: fetch translation, look-up, and making what is not there.
 #include <algorithm>
 
+#include "soft/host_mxcsr.hpp"
 #include "soft/translate.hpp"
 #include "soft/vcpu.hpp"
 
@@ -82,6 +83,7 @@ Block* SoftVcpu::find_block(u32 mode) {
 }
 
 Block* SoftVcpu::make_block(u64 gpa, u64 linear, u32 mode) {
+    HostMxcsr host;
     BlockBuilder builder(blocks, env.cpuid.features, mode, frame.rip, limit_of(frame),
                          !generic_only_);
     Block block;

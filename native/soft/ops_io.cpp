@@ -2,6 +2,7 @@
 // REP, and the bus.
 #include "soft/bindings.hpp"
 #include "soft/descriptors.hpp"
+#include "soft/host_mxcsr.hpp"
 
 namespace polyvisor::soft {
 namespace {
@@ -23,6 +24,7 @@ void sync_time(VcpuFrame& f) {
 
 u32 read_port(VcpuFrame& f, u16 port, u32 size) {
     sync_time(f);
+    HostMxcsr host;
     u32 value = 0;
     environment(f).pio.read(port, {reinterpret_cast<u8*>(&value), size});
     return value;
@@ -30,6 +32,7 @@ u32 read_port(VcpuFrame& f, u16 port, u32 size) {
 
 void write_port(VcpuFrame& f, u16 port, u32 size, u32 value) {
     sync_time(f);
+    HostMxcsr host;
     environment(f).pio.write(port, {reinterpret_cast<const u8*>(&value), size});
 }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 
+#include "soft/host_mxcsr.hpp"
 #include "soft/soft_tlb.hpp"
 #include "soft/system.hpp"
 #include "soft/translate.hpp"
@@ -152,6 +153,11 @@ void SoftVcpu::advance_clock() {
                                                             ns_per_1000_ / 1000));
 }
 
+void SoftVcpu::run_timers() {
+    HostMxcsr host;
+    env.clock.run_expired();
+}
+
 s64 SoftVcpu::slice_length() {
     u64 length = kSlice;
     if (env.deterministic) {
@@ -180,7 +186,7 @@ bool SoftVcpu::wait_while_halted(Exit& exit) {
             env.clock.advance_to(next);
             frame.time_base = env.clock.now();
             frame.count_base = frame.retired;
-            env.clock.run_expired();
+            run_timers();
             return false;
         }
     }
@@ -215,7 +221,7 @@ Exit SoftVcpu::run() {
         frame.uop = nullptr;
         if (env.deterministic) {
             advance_clock();
-            env.clock.run_expired();
+            run_timers();
         }
         if (frame.fault.pending == Pending::kExit) {
             frame.fault = {};

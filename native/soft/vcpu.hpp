@@ -70,6 +70,7 @@ class SoftVcpu final : public Vcpu {
     void after_step(bool trap);
     bool wait_while_halted(Exit& exit);
     void advance_clock();
+    void run_timers();
     s64 slice_length();
     Block* make_block(u64 gpa, u64 linear, u32 mode);
     bool revalidate(Block& block);

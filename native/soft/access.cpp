@@ -93,7 +93,7 @@ void device_read(VcpuFrame& f, u64 gpa, void* into, u32 size) {
     Environment& env = f.vcpu->env;
     ++f.vcpu->stats.mmio;
     if (env.deterministic) read_tsc(f);  // devices see the time of the instruction
-    HostMxcsr host;
+    HostMxcsr usual_mxcsr;
     std::span<u8> data(static_cast<u8*>(into), size);
     if (env.lapic != nullptr && (gpa & ~kPageMask) == env.lapic->mmio_base()) {
         env.lapic->mmio_read(gpa & kPageMask, data);
@@ -106,7 +106,7 @@ void device_write(VcpuFrame& f, u64 gpa, const void* from, u32 size) {
     Environment& env = f.vcpu->env;
     ++f.vcpu->stats.mmio;
     if (env.deterministic) read_tsc(f);  // devices see the time of the instruction
-    HostMxcsr host;
+    HostMxcsr usual_mxcsr;
     std::span<const u8> data(static_cast<const u8*>(from), size);
     if (env.lapic != nullptr && (gpa & ~kPageMask) == env.lapic->mmio_base()) {
         env.lapic->mmio_write(gpa & kPageMask, data);
@@ -140,7 +140,7 @@ void note_trapped_store(VcpuFrame& f, const Place& place, u32 size) {
     if (traps & kPageDirtyTrack) flags.fetch_and(static_cast<u8>(~kPageDirtyTrack));
     if (traps & kPageCode) {
         ++f.vcpu->stats.code_stores;
-        HostMxcsr host;
+        HostMxcsr usual_mxcsr;
         f.vcpu->blocks.note_store(place.gpa, size);
     }
 }

@@ -83,7 +83,7 @@ Block* SoftVcpu::find_block(u32 mode) {
 }
 
 Block* SoftVcpu::make_block(u64 gpa, u64 linear, u32 mode) {
-    HostMxcsr host;
+    HostMxcsr usual_mxcsr;
     BlockBuilder builder(blocks, env.cpuid.features, mode, frame.rip, limit_of(frame),
                          !generic_only_);
     Block block;

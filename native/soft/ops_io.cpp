@@ -24,7 +24,7 @@ void sync_time(VcpuFrame& f) {
 
 u32 read_port(VcpuFrame& f, u16 port, u32 size) {
     sync_time(f);
-    HostMxcsr host;
+    HostMxcsr usual_mxcsr;
     u32 value = 0;
     environment(f).pio.read(port, {reinterpret_cast<u8*>(&value), size});
     return value;
@@ -32,7 +32,7 @@ u32 read_port(VcpuFrame& f, u16 port, u32 size) {
 
 void write_port(VcpuFrame& f, u16 port, u32 size, u32 value) {
     sync_time(f);
-    HostMxcsr host;
+    HostMxcsr usual_mxcsr;
     environment(f).pio.write(port, {reinterpret_cast<const u8*>(&value), size});
 }
 

@@ -154,7 +154,7 @@ void SoftVcpu::advance_clock() {
 }
 
 void SoftVcpu::run_timers() {
-    HostMxcsr host;
+    HostMxcsr usual_mxcsr;
     env.clock.run_expired();
 }
 

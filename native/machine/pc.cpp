@@ -123,6 +123,7 @@ Pc::~Pc() {
 void Pc::finish_wiring() {
     if (wired_) return;
     wired_ = true;
+    lapics_[0]->set_virtual_wire();
     host_bridge_->assign(PcLayout::kPciIo, PcLayout::kPciMmio, PcLayout::kPciMmioEnd,
                          PcLayout::kPciIrqs);
 }

@@ -76,7 +76,8 @@ class Pc {
     const std::shared_ptr<SerialConsole>& console(unsigned port) { return consoles_[port]; }
     const std::shared_ptr<SerialConsole>& debug_console() { return debug_output_; }
 
-    /// Places PCI devices and tells the wires; once, before the machine first runs.
+    /// What firmware leaves behind: PCI devices placed, the 8259s wired through the boot CPU's LINT0.
+    /// Once, before the machine first runs.
     void finish_wiring();
     /// Passes on all output that chips still collect.
     void flush();

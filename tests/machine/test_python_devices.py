@@ -211,8 +211,7 @@ def test_a_device_may_pause_its_machine_but_not_wait_for_it() -> None:
 
 
 def test_interrupts_reach_the_guest() -> None:
-    # IVT entry 8 (IRQ 0 base 8 after reset is not set up: program the 8259s), handler writes and
-    # ends.
+    # The 8259 gets vectors 0x20.. and lets IRQ 5 through; the handler ends the machine.
     setup = out8(0x20, 0x11) + out8(0x21, 0x20) + out8(0x21, 4) + out8(0x21, 1) + out8(0x21, 0xDF)
     with real_mode(setup + say(b"ready") + STI + HLT + LOOP_FOREVER) as machine:
         machine.load_raw(0x8000, end(6))

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from polyvisor.errors import ConfigError, GuestError, MachineTimeout
+from polyvisor.errors import ConfigError, GuestError, ImageError, MachineTimeout
 from polyvisor.guest.channel import Channel, Ended, NotRun, Output, Ready
 from polyvisor.guest.feeder import Feeder
-from polyvisor.images import initramfs, packages
+from polyvisor.images import initramfs, packages, vmlinux
 from polyvisor.images import kernel as kernels
 
 if TYPE_CHECKING:
@@ -307,7 +307,11 @@ def _kernel(
     """The kernel file, and which programs it runs."""
     if isinstance(given, str) and given in kernels.NAMES:
         found = kernels.fetch(given, progress=progress)
-        return found.image, found.architecture
+        try:
+            # Unpacked once here, instead of by the guest's own first instructions each time.
+            return vmlinux.cached(found.image), found.architecture
+        except ImageError:  # a compression for which this Python has no library
+            return found.image, found.architecture
     from polyvisor import boot
 
     path = Path(os.fspath(given))

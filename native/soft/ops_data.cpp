@@ -321,17 +321,16 @@ bool pusha(VcpuFrame& f, const Insn& i, u64) {
     }
     return true;
 }
+/// Registers change one by one, also when a later one faults: it can be restarted all the same.
 bool popa(VcpuFrame& f, const Insn& i, u64) {
     u64 rsp = f.gpr[kRsp];
-    u64 values[8];
     for (int n = 7; n >= 0; --n) {
-        if (!pop(f, values[n], i.opsize)) {
+        u64 value;
+        if (!pop(f, value, i.opsize)) {
             f.gpr[kRsp] = rsp;
             return false;
         }
-    }
-    for (u8 n = 0; n < 8; ++n) {
-        if (n != kRsp) write_reg(f, n, i.opsize, values[n]);
+        if (n != kRsp) write_reg(f, static_cast<u8>(n), i.opsize, value);
     }
     return true;
 }
@@ -344,7 +343,8 @@ bool read_stack(VcpuFrame& f, u64 offset, u64& value, unsigned size) {
            read_linear(f, linear, &value, size, Privilege::kCurrent, kSs);
 }
 
-/// rBP moves in the width of the stack, what is pushed has the operand's size.
+/// Addresses have the width of the stack; what is pushed and rBP, but for 64-bit mode, the
+/// operand's.
 bool enter(VcpuFrame& f, const Insn& i, u64) {
     unsigned size = i.opsize;
     unsigned level = i.imm2 & 31;
@@ -370,7 +370,7 @@ bool enter(VcpuFrame& f, const Insn& i, u64) {
         return fail();
     }
     f.gpr[kRsp] = top;
-    write_reg(f, kRbp, stack_size(f), frame);
+    write_reg(f, kRbp, f.long64() ? 8 : size, frame);
     return true;
 }
 
@@ -480,10 +480,12 @@ bool flush_line(VcpuFrame& f, const Insn& i, u64 ea) {
 
 template <class S>
 bool bound_sized(VcpuFrame& f, const Insn& i, u64 ea) {
-    S bounds[2];
-    if (!load(f, i, ea, bounds)) return false;
+    S lower, upper;  // not one access: each is aligned for itself
+    if (!load(f, i, ea, lower) || !load(f, i, (ea + sizeof(S)) & address_mask(i), upper)) {
+        return false;
+    }
     S index = static_cast<S>(f.gpr[i.reg]);
-    return index >= bounds[0] && index <= bounds[1] ? true : raise(f, kBr);
+    return index >= lower && index <= upper ? true : raise(f, kBr);
 }
 bool bound(VcpuFrame& f, const Insn& i, u64 ea) {
     return i.opsize == 2 ? bound_sized<s16>(f, i, ea) : bound_sized<s32>(f, i, ea);

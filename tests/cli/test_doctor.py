@@ -115,7 +115,8 @@ def test_version_and_help() -> None:
 
 
 def test_importing_is_quick() -> None:
-    code = "import time; t = time.perf_counter(); import polyvisor; print(time.perf_counter() - t)"
+    # In CPU time, which other tests on this host do not change much.
+    code = "import time; t = time.process_time(); import polyvisor; print(time.process_time() - t)"
     times = []
     for _ in range(5):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

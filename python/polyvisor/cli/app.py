@@ -1,7 +1,12 @@
-"""The commands and their options; what they do is in modules of their own."""
+"""The commands and their options; what they do is in modules of their own.
+
+A command here only says what is to be done, as a function that `run` calls when the parser is
+through: the parser has ideas of its own about closed pipes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -46,6 +51,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _closed: set[int] = set()
+Action = Callable[[], int]
 
 
 class Engine(StrEnum):
@@ -75,15 +81,13 @@ def run(arguments: list[str], closed: set[int]) -> int:
     command = typer.main.get_command(app)
     try:
         result = command.main(arguments, prog_name="polyvisor", standalone_mode=False)
-    except typer.Abort:
-        raise KeyboardInterrupt from None
     except Exception as error:
         # A usage error. Its class is click's, which newer versions of typer have inside.
         if not hasattr(error, "show") or not hasattr(error, "exit_code"):
             raise
         error.show()
         return int(error.exit_code)
-    return result if isinstance(result, int) else status.OK
+    return result() if callable(result) else int(result or status.OK)
 
 
 def _version(wanted: bool) -> None:
@@ -110,7 +114,9 @@ def _main(
     context_settings={"allow_interspersed_args": False},
 )
 def exec_command(
-    command: Annotated[list[str], typer.Argument(help="The program and its arguments.")],
+    command: Annotated[
+        list[str], typer.Argument(help="The program and its arguments.", metavar="COMMAND...")
+    ],
     engine: EngineOption = Engine.auto,
     memory: MemoryOption = "512M",
     cpus: CpusOption = 1,
@@ -130,7 +136,7 @@ def exec_command(
     ] = "/root",
     tty: Annotated[bool, typer.Option("--tty", "-t", help="Give the command a terminal.")] = False,
     json: JsonOption = False,
-) -> int:
+) -> Action:
     """Run COMMAND as root in a fresh virtual machine, and exit with its status.
 
     Boots the distribution's kernel for virtual machines with a busybox user space. Stdin, stdout
@@ -144,7 +150,7 @@ def exec_command(
             "to /dev/null if that is meant",
             field="stdout",
         )
-    return execute(
+    return lambda: execute(
         command,
         engine=engine.value,
         memory=memory,
@@ -180,14 +186,14 @@ def run_command(
         ),
     ] = "stdio",
     timeout: TimeoutOption = None,
-) -> int:
+) -> Action:
     """Boot a kernel; its first serial port is this terminal.
 
     Ends when the guest powers off or reboots.
     """
     from polyvisor.cli.run_command import boot
 
-    return boot(
+    return lambda: boot(
         kernel=kernel,
         initrd=initrd,
         append=append,
@@ -201,8 +207,8 @@ def run_command(
 
 
 @app.command("doctor")
-def doctor_command(json: JsonOption = False) -> int:
+def doctor_command(json: JsonOption = False) -> Action:
     """Show what works on this host, how fast it really is, and what to do about the rest."""
     from polyvisor.cli.doctor_command import examine
 
-    return examine(as_json=json)
+    return lambda: examine(as_json=json)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from polyvisor import doctor
 from polyvisor.cli import output, status
-from polyvisor.config import show_size
 
 _MARKS = {"good": ("ok", "green"), "poor": ("so-so", "yellow"), "missing": ("no", "red")}
 
@@ -37,7 +36,7 @@ def _print(report: doctor.Report) -> None:
     host = report.host
     console.print(f"polyvisor {report.version}, Python {host['python']}, Linux {host['kernel']}")
     console.print(
-        f"{host['cpu']}, {host['cpus']} CPUs, {show_size(host['memory'])}; "
+        f"{host['cpu']}, {host['cpus']} CPUs, {host['memory'] / (1 << 30):.1f} GiB; "
         f"features: {' '.join(host['features']) or 'none of those that matter'}"
     )
     console.print("\nEngines", style="bold")

@@ -39,15 +39,16 @@ class Terminated(BaseException):
 
 @contextlib.contextmanager
 def signals_raise() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind like Ctrl-C does, instead of ending the process on the spot."""
+    """Ctrl-C, SIGTERM and SIGHUP unwind, by an exception that nothing on the way takes for its own
+    (as parsers and event loops do with KeyboardInterrupt)."""
 
     def raise_it(number: int, frame: FrameType | None) -> None:
         raise Terminated(number)
 
     before = {}
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # nohup's choice stays.
-        if signal.getsignal(number) is signal.SIG_DFL:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # What our parent chose to ignore (nohup, a shell's background job) stays ignored.
+        if signal.getsignal(number) is not signal.SIG_IGN:
             before[number] = signal.signal(number, raise_it)
     try:
         yield
@@ -78,6 +79,8 @@ def report(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         say("interrupted; the machine was stopped")
         return INTERRUPTED
+    if isinstance(error, Terminated) and error.number == signal.SIGINT:
+        return report(KeyboardInterrupt())
     if isinstance(error, Terminated):
         say(f"ended by {signal.Signals(error.number).name}; the machine was stopped")
         return 128 + error.number

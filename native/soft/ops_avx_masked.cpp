@@ -82,7 +82,10 @@ bool store_masked(VcpuFrame& f, const Insn& i, u64 ea, const u8* data, const u8*
 
 bool store_masked_bytes(VcpuFrame& f, const Insn& i, const u8* data, const u8* mask,
                         unsigned bytes) {
-    u64 ea = masked_address(i, f.gpr[kRdi], 0);
+    // A mask of zeros does not make an address good that is none (SDM 2 leaves that to the CPU).
+    u64 ea = masked_address(i, f.gpr[kRdi], 0), linear;
+    if (!linear_address(f, i.segment, ea, bytes, true, linear)) return false;
+    if (!canonical(f, linear)) return raise(f, i.segment == kSs ? kSsFault : kGp, 0);
     return store_masked<u8>(f, i, ea, data, mask, bytes);
 }
 

@@ -80,7 +80,7 @@ void save_x87(const VcpuFrame& f, const Insn& i, LegacyArea& area) {
 
 void load_x87(VcpuFrame& f, const Insn& i, const LegacyArea& area) {
     X87State& x = f.x87;
-    x.control = area.control;
+    x.control = (area.control & 0x1f3f) | 0x40;  // the others are no bits
     x.status = area.status;
     x.tags = area.tags;
     x.opcode = area.opcode & 0x7ff;
@@ -155,10 +155,15 @@ u64 in_use(const VcpuFrame& f) {
 
 // --- Memory -------------------------------------------------------------------------------------
 
+/// Found before bad alignment is an address that is not canonical; after it, a limit that is
+/// exceeded.
 bool area_address(VcpuFrame& f, const Insn& i, u64 ea, u32 size, u32 alignment, bool write,
                   u64& linear) {
+    u64 flat = f.seg[i.segment].base + ea;
+    if (!f.long64() && (flat & (alignment - 1))) return raise_gp(f);
     if (!linear_address(f, i.segment, ea, size, write, linear)) return false;
-    return (linear & (alignment - 1)) == 0 || raise_gp(f);
+    if ((linear & (alignment - 1)) == 0) return true;
+    return raise(f, i.segment == kSs && !canonical(f, linear) ? kSsFault : kGp, 0);
 }
 
 bool read_area(VcpuFrame& f, const Insn& i, u64 linear, void* into, u32 size) {

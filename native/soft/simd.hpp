@@ -45,6 +45,12 @@ inline const Bytes<n>& as(const void* p) {
 /// a slow access. nullptr: raised.
 const u8* memory_source(VcpuFrame& f, const Insn& i, u64 ea, u8* buffer, unsigned size);
 
+/// For checks that come before the access itself finds out.
+inline bool canonical(const VcpuFrame& f, u64 linear) {
+    unsigned width = f.cr4 & bit(12) ? 57 : 48;
+    return !f.long64() || static_cast<u64>(sign_extend(linear, width)) == linear;
+}
+
 /// The W operand: XMM/YMM register or memory.
 template <unsigned n>
 inline const u8* source(VcpuFrame& f, const Insn& i, u64 ea, Bytes<n>& buffer) {

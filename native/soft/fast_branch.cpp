@@ -40,13 +40,18 @@ const Uop* ret(const Uop* u, VcpuFrame* f) {
     return leave_indirect(f, ip);
 }
 
-template <bool Call>
+// `Loaded`: the target came from memory. Then a stack page that misses must not lead to another try:
+// table and stack may need the same TLB entry, and would take it from each other for ever.
+template <bool Call, bool Loaded>
 PV_INLINE const Uop* go_indirect(const Uop* u, VcpuFrame* f, u64 ip) {
     if (PV_UNLIKELY(!canonical48(ip))) return run_generic(u, f);
     if constexpr (Call) {
         u64 linear = f->gpr[kRsp] - 8;
         u64* at;
-        if (PV_UNLIKELY(!writable(f, linear, at))) return run_slowly(u, f, linear, true);
+        if (PV_UNLIKELY(!writable(f, linear, at))) {
+            if constexpr (Loaded) return run_generic(u, f);
+            return run_slowly(u, f, linear, true);
+        }
         *at = f->block->ip + u->offset + u->length;
         f->gpr[kRsp] = linear;
     }
@@ -55,7 +60,7 @@ PV_INLINE const Uop* go_indirect(const Uop* u, VcpuFrame* f, u64 ip) {
 
 template <bool Call>
 const Uop* indirect(const Uop* u, VcpuFrame* f) {
-    return go_indirect<Call>(u, f, gpr_at<u64>(f, u->src));
+    return go_indirect<Call, false>(u, f, gpr_at<u64>(f, u->src));
 }
 
 template <bool Call, AddressKind K>
@@ -63,7 +68,7 @@ const Uop* indirect_load(const Uop* u, VcpuFrame* f) {
     u64 linear = address_of<K>(u, f);
     const u64* at;
     if (PV_UNLIKELY(!readable(f, linear, at))) return run_slowly(u, f, linear, false);
-    return go_indirect<Call>(u, f, *at);
+    return go_indirect<Call, true>(u, f, *at);
 }
 
 constexpr Handler kJcc[16] = {jcc<0>, jcc<1>, jcc<2>,  jcc<3>,  jcc<4>,  jcc<5>,  jcc<6>,  jcc<7>,

@@ -75,6 +75,32 @@ PV_GUEST(replace_function, R"(
     .fill 8, 1, 0x90
 )")
 
+// Instructions with two memory operands whose pages share a TLB entry (256 pages apart).
+PV_GUEST(conflicting_pages, R"(
+    mov $0x305000, %rbx
+    mov $0x405800, %rsp
+    lea 2f(%rip), %rax
+    mov %rax, 0x10(%rbx)
+    movq $7, 0x18(%rbx)
+    xor %edx, %edx
+    mov $2, %ecx
+    xor %eax, %eax
+    mov $100, %ebp
+1:  call *0x10(%rbx)
+    call *(%rbx,%rcx,8)
+    push 0x18(%rbx)
+    pop 0x20(%rbx)
+    mov %rbx, %rsi
+    mov $0x405900, %edi
+    movsq
+    add 0x20(%rbx), %rdx
+    dec %ebp
+    jnz 1b
+    hlt
+2:  inc %eax
+    ret
+)")
+
 // Data accesses across a page boundary, whose pages lie apart in memory.
 PV_GUEST(crossing_data, R"(
     mov $0x400ffc, %rbx
@@ -150,6 +176,13 @@ void test_page_crossing() {
     }
 }
 
+
+void test_conflicting_pages() {
+    LongGuest guest(conflicting_pages());
+    CHECK_EQ(guest.run().reason, ExitReason::kHalt);
+    CHECK_EQ(guest.reg(kRax), u64{200});
+    CHECK_EQ(guest.reg(kRdx), u64{700});
+}
 
 void test_crossing_data() {
     LongGuest guest(crossing_data());
@@ -393,6 +426,7 @@ int main() {
     test_host_store();
     test_page_crossing();
     test_crossing_data();
+    test_conflicting_pages();
     test_budget();
     test_stop();
     test_lockstep();

@@ -77,7 +77,7 @@ class BlockCache {
   private:
     static constexpr u64 kCapacity = 96 << 20;
     static constexpr u64 kChunk = 1 << 20;
-    static constexpr unsigned kBuckets = 1 << 15;
+    static constexpr unsigned kBuckets = 1 << 17;
 
     struct Page {
         Block* first = nullptr;

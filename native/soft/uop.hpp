@@ -86,7 +86,7 @@ struct Block {
 
 /// Direct-mapped IP -> Block, for branches without a link.
 struct JumpCache {
-    static constexpr unsigned kEntries = 4096;
+    static constexpr unsigned kEntries = 16384;
     struct Entry {
         u64 ip = ~u64{0};
         Block* block = nullptr;

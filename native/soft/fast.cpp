@@ -381,6 +381,8 @@ bool emit_fused(const Insn& first, const Insn& second, const TranslateContext& c
 }
 
 const Uop* run_slowly(const Uop* u, VcpuFrame* f, u64 linear, bool write) {
+    // Checks that come before a page fault: alignment, and the end of a flat 4 GB segment.
+    if ((f->mode & kModeAlignCheck) || (!f->long64() && linear > 0xfffffff8)) return run_generic(u, f);
     if (!fill_tlb(*f, linear, write, u->seg)) return leave_fault(u, f);
     // The page is in the TLB now if it may be there and the access does not leave it; the handler
     // must not be run again otherwise, or it would come back for ever.

@@ -353,7 +353,7 @@ namespace {
 
 /// Not so where memory is accessed in parts that CPUs choose as they like.
 bool alignment_is_checked(const OpInfo& row) {
-    for (Operand part : {Operand::M28, Operand::M94, Operand::M512, Operand::VMx}) {
+    for (Operand part : {Operand::M28, Operand::M94, Operand::M512, Operand::VMx, Operand::Ma}) {
         if (has(row, part)) return false;
     }
     return row.mnemonic.find("maskmov") == std::string_view::npos && row.mnemonic != "call";
@@ -426,6 +426,16 @@ bool make_case(Op op, CodeSize size, const FeatureSet& features, u64 code_addres
             for (u64& value : s.gpr) value = static_cast<u32>(value);
         }
         c.memory_address = c.insn.has_mem ? effective(c) : 0;
+        // The offset in FS or GS is canonical too: AMD's CPUs look at that before they add the base.
+        if (size == CodeSize::k64 && c.insn.has_mem) {
+            u64 offset = c.memory_address - segment_base(c);
+            if (static_cast<u64>(sign_extend(offset, 48)) != offset && segment_base(c) != 0) continue;
+        }
+        // DPPS and DPPD end early when an unmasked exception comes up in their first stage.
+        if (row.mnemonic.find("dpp") != std::string_view::npos) {
+            s.legacy[kMxcsrAt] |= 0x80;
+            s.legacy[kMxcsrAt + 1] |= 0x1f;
+        }
         // SHA with memory that is not aligned is #GP on Intel's CPUs and done on AMD's.
         if (row.feature == Feature::kSha && c.memory_address % 16 != 0) continue;
         return true;

@@ -95,7 +95,10 @@ void SoftCpu::make_system() {
 }
 
 Outcome SoftCpu::run(const Case& c) {
-    memory_.write(Gpa(kCodePhysical + (c.code_address - kCodeBase)), {c.code, c.insn.length});
+    u8 slot[kCodeSlot];  // as on the host: an instruction may read code, too
+    std::memset(slot, 0xcc, sizeof slot);
+    std::memcpy(slot, c.code, c.insn.length);
+    memory_.write(Gpa(kCodePhysical + (c.code_address - kCodeBase)), slot);
     memory_.write(Gpa(kDataPhysical), c.data);
 
     CpuState state = reset_state(true);

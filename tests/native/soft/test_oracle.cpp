@@ -43,7 +43,7 @@ class Oracle {
   public:
     Oracle(u64 seed, u64 count) : random_(seed), count_(count) {}
 
-    const char* unusable() const { return native_.unusable(); }
+    const char* unusable() const { return native_->unusable(); }
     const Tally& tally() const { return tally_; }
 
     void row(Op op) {
@@ -73,7 +73,7 @@ class Oracle {
             Case c;
             if (!make_case(op, size, specialised_->features(), next_slot(), random_, c)) continue;
             ++made;
-            Outcome host = native_.run(c);
+            Outcome host = native_->run(c);
             if (host.alive && host.vector < 0) ++completed;
             else ++tally_.faults;
             ++tally_.cases;
@@ -104,6 +104,7 @@ class Oracle {
     u64 next_slot() {
         if (slot_ == pvtest::kCodeSize / pvtest::kCodeSlot) {
             slot_ = 0;
+            native_ = std::make_unique<pvtest::NativeCpu>();
             generic_ = std::make_unique<pvtest::SoftCpu>(true);
             specialised_ = std::make_unique<pvtest::SoftCpu>(false);
         }
@@ -113,7 +114,7 @@ class Oracle {
     pvtest::Random random_;
     u64 count_;
     u64 slot_ = 0;
-    pvtest::NativeCpu native_;
+    std::unique_ptr<pvtest::NativeCpu> native_ = std::make_unique<pvtest::NativeCpu>();
     std::unique_ptr<pvtest::SoftCpu> generic_ = std::make_unique<pvtest::SoftCpu>(true);
     std::unique_ptr<pvtest::SoftCpu> specialised_ = std::make_unique<pvtest::SoftCpu>(false);
     Tally tally_;

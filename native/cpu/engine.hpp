@@ -72,6 +72,8 @@ struct EngineConfig {
     Log* log = nullptr;
     bool hypercall_exits = false;
     bool deterministic = false;
+    /// Only the engine's reference implementation, without its shortcuts: slow, for tests.
+    bool reference = false;
     /// Virtual nanoseconds per thousand instructions in deterministic mode.
     u64 ns_per_1000_instructions = 1000;
 };

@@ -57,7 +57,21 @@ const Row kEngines[] = {
 #endif
 };
 
+#ifdef PV_HAVE_SOFT
+// The soft engine without its specialised handlers: what tests compare it with. Never chosen by auto,
+// and not listed.
+const Row kReference = {"soft-reference", probe_soft, [] { return soft::implemented_features(); },
+                        [](const EngineConfig& config) {
+                            EngineConfig reference = config;
+                            reference.reference = true;
+                            return soft::create_engine(reference);
+                        }};
+#endif
+
 const Row& choose(const std::string& name) {
+#ifdef PV_HAVE_SOFT
+    if (name == kReference.name) return kReference;
+#endif
     std::string known = "auto";
     EngineStatus why;
     for (const Row& row : kEngines) {

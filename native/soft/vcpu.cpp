@@ -62,7 +62,8 @@ SoftVcpu::SoftVcpu(const EngineConfig& config, CodePages& pages, u32 id, LocalIn
           config.deterministic,       config.hypercall_exits, {}},
       tables(config.memory),
       blocks(frame, config.memory, pages),
-      ns_per_1000_(config.ns_per_1000_instructions) {
+      ns_per_1000_(config.ns_per_1000_instructions),
+      generic_only_(config.reference) {
     frame.vcpu = this;
     frame.jump_cache = &jump_cache_;
     frame.physical_mask = bit(env.cpuid.physical_bits) - 1;

@@ -1,5 +1,7 @@
 #include "machine/run_control.hpp"
 
+#include <algorithm>
+
 #include "base/error.hpp"
 
 namespace polyvisor {
@@ -120,16 +122,25 @@ bool RunControl::enter() {
 }
 
 void RunControl::halted(u32 cpu) {
-    std::unique_lock lock(mutex_);
-    if (++halted_ == threads_) {
-        lock.unlock();
-        end({StopReason::kHalted, 0, "every CPU is halted with interrupts off", cpu});
-        return;
+    {
+        std::lock_guard lock(mutex_);
+        // An earlier report may be out of date: a CPU can have been woken since.
+        dormant_.assign(threads_, false);
+        checking_ = true;
     }
-    // An INIT may still come from another CPU. The engine does not say when, so look again soon.
-    changed_.wait_for(lock, std::chrono::milliseconds(10),
-                      [this] { return phase_ != Phase::kRunning; });
-    --halted_;
+    report(cpu, true);
+    if (wants_reports()) kick_();
+}
+
+void RunControl::report(u32 cpu, bool dormant) {
+    {
+        std::lock_guard lock(mutex_);
+        dormant_[cpu] = dormant;
+        bool all = std::find(dormant_.begin(), dormant_.end(), false) == dormant_.end();
+        if (!dormant || all) checking_ = false;
+        if (!all) return;
+    }
+    end({StopReason::kHalted, 0, "every CPU is halted with interrupts off", cpu});
 }
 
 void RunControl::leave() {

@@ -8,10 +8,12 @@
 // inside a vCPU's own run().
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <functional>
 #include <mutex>
+#include <vector>
 
 #include "machine/stop_info.hpp"
 
@@ -25,7 +27,7 @@ class RunControl {
 
     /// `kick` makes every vCPU leave the guest soon; called without the mutex held.
     RunControl(unsigned threads, std::function<void()> kick)
-        : threads_(threads), kick_(std::move(kick)) {}
+        : threads_(threads), dormant_(threads), kick_(std::move(kick)) {}
 
     Phase phase() const;
     /// Moves on; false, changing nothing, when the present phase is not `from`.
@@ -47,8 +49,13 @@ class RunControl {
     // For the vCPU threads.
     /// Returns true when the guest may run, false when the machine has ended; blocks while paused.
     bool enter();
-    /// The thread's CPU is halted for good. Blocks a little, or ends the machine when all are.
+    /// CPU `cpu` has just halted with interrupts off. Ends the machine if every other CPU is dormant
+    /// too: asks them all to leave the guest and report() (only they can tell).
     void halted(u32 cpu);
+    /// Whether halted() waits for reports.
+    bool wants_reports() const { return checking_.load(std::memory_order_relaxed); }
+    /// `dormant`: only an INIT, start-up IPI or NMI, that is another CPU, could wake this one.
+    void report(u32 cpu, bool dormant);
     /// The thread leaves; it enters no more.
     void leave();
     /// Started threads; those not started count as finished.
@@ -66,7 +73,8 @@ class RunControl {
     unsigned threads_;
     unsigned alive_ = 0;   // started and not finished
     unsigned inside_ = 0;  // alive and not parked
-    unsigned halted_ = 0;
+    std::vector<bool> dormant_;  // CPUs that reported so since the last halted()
+    std::atomic<bool> checking_{false};
     StopInfo stop_;
     std::function<void()> kick_;
 };

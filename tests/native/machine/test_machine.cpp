@@ -64,15 +64,28 @@ void guests_end_their_machine() {
 }
 
 void halted_when_all_cpus_are() {
-    auto halt = [](FakeVcpu&) { return pvtest::make_exit(ExitReason::kHalt); };
+    // As an engine does it: says so once, then waits inside run() for something to wake it.
+    auto halt = [](FakeVcpu& vcpu) {
+        if (vcpu.state.activity == Activity::kHalted) return vcpu.wait_for_stop();
+        vcpu.state.activity = Activity::kHalted;
+        return pvtest::make_exit(ExitReason::kHalt);
+    };
     CHECK_EQ(run_to_end(with_guest(halt)).reason, StopReason::kHalted);
     CHECK_EQ(run_to_end(with_guest(halt, 3)).reason, StopReason::kHalted);
-    // One that is not halted keeps the machine alive.
+    // CPUs that were never started do not count as alive.
+    auto only_first = [&](FakeVcpu& vcpu) {
+        return vcpu.id() == 0 ? halt(vcpu) : vcpu.wait_for_stop();
+    };
+    CHECK_EQ(run_to_end(with_guest(only_first, 3)).reason, StopReason::kHalted);
+    // One that runs, or waits with interrupts on, keeps the machine alive.
     Machine machine(with_guest(
-        [](FakeVcpu& vcpu) {
-            return vcpu.id() == 0 ? vcpu.wait_for_stop() : pvtest::make_exit(ExitReason::kHalt);
+        [&](FakeVcpu& vcpu) {
+            if (vcpu.id() != 0) return halt(vcpu);
+            vcpu.state.activity = Activity::kHalted;
+            vcpu.state.rflags = 0x202;
+            return vcpu.wait_for_stop();
         },
-        2));
+        3));
     machine.start();
     CHECK(!machine.wait(50ms));
     machine.stop();

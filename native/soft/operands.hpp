@@ -73,10 +73,7 @@ inline u64 address_mask(const Insn& i) {
 inline void write_address_reg(VcpuFrame& f, const Insn& i, u8 n, u64 value) {
     write_reg(f, n, i.addrsize, value);
 }
-/// Bytes of the stack pointer in use: 8 in 64-bit mode, else by SS.B.
-inline unsigned stack_size(const VcpuFrame& f) {
-    return f.long64() ? 8 : (f.mode & kModeStack32) ? 4 : 2;
-}
+/// The bits of rSP in use: all in 64-bit mode, else by SS.B.
 inline u64 stack_mask(const VcpuFrame& f) {
     return f.long64() ? ~u64{0} : (f.mode & kModeStack32) ? u64{0xffffffff} : u64{0xffff};
 }

@@ -370,7 +370,7 @@ bool enter(VcpuFrame& f, const Insn& i, u64) {
         return fail();
     }
     f.gpr[kRsp] = top;
-    write_reg(f, kRbp, f.long64() ? 8 : size, frame);
+    write_reg(f, kRbp, size, frame);  // in 64-bit mode, too, 16-bit ENTER writes only BP (as measured)
     return true;
 }
 

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "soft/bindings.hpp"
+#include "soft/operands.hpp"
 #include "soft/x87.hpp"
 
 namespace polyvisor::soft {
@@ -110,14 +111,23 @@ void initialize(VcpuFrame& f) {
     x.cs = x.ds = 0;
 }
 
-/// As load_bytes and store_bytes, with the alignment check of environments.
+/// The first, then the last byte of an image are touched before the rest: this decides which fault,
+/// and which CR2, there is when it crosses pages or the segment's limit.
+bool touch(VcpuFrame& f, const Insn& i, u64 ea, u32 size, bool write) {
+    if (!aligned(f, i, ea, size, i.opsize == 2 ? 2 : 4, write)) return false;
+    u64 last = (ea + size - 1) & address_mask(i);
+    for (u64 address : {ea, last}) {
+        u8 byte;
+        if (address < ea) break;  // wraps: the limit says no below
+        if (write ? !probe(f, i, address, 1) : !load(f, i, address, byte)) return false;
+    }
+    return true;
+}
 bool load_image(VcpuFrame& f, const Insn& i, u64 ea, u8* image, u32 size) {
-    return aligned(f, i, ea, size, i.opsize == 2 ? 2 : 4, false) &&
-           load_bytes(f, i, ea, image, size);
+    return touch(f, i, ea, size, false) && load_bytes(f, i, ea, image, size);
 }
 bool store_image(VcpuFrame& f, const Insn& i, u64 ea, const u8* image, u32 size) {
-    return aligned(f, i, ea, size, i.opsize == 2 ? 2 : 4, true) &&
-           store_bytes(f, i, ea, image, size);
+    return touch(f, i, ea, size, true) && store_bytes(f, i, ea, image, size);
 }
 
 bool fldcw(VcpuFrame& f, const Insn& i, u64 ea) {

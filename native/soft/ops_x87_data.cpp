@@ -27,23 +27,17 @@ struct Extended {
     u8 bytes[10];
 };
 
-template <class T>
-inline bool load_operand(VcpuFrame& f, const Insn& i, u64 ea, T& value) {
-    if (sizeof(T) == 10 && !aligned(f, i, ea, 10, 8, false)) return false;
-    return load(f, i, ea, value);
-}
 /// Stores, or only finds out whether a store would fault.
 template <class T>
 inline bool store_operand(VcpuFrame& f, const Insn& i, u64 ea, const T& value, bool really) {
     if (PV_UNLIKELY(!really)) return probe(f, i, ea, sizeof(T));
-    if (sizeof(T) == 10 && !aligned(f, i, ea, 10, 8, true)) return false;
     return store(f, i, ea, value);
 }
 
 #define PV_X87_LOAD(name, type, text)                            \
     bool name(VcpuFrame& f, const Insn& i, u64 ea) {             \
         type source;                                             \
-        if (!load_operand(f, i, ea, source)) return false;       \
+        if (!load(f, i, ea, source)) return false;               \
         note(f, i, ea);                                          \
         return push_converted(f, [&](Register& value) {          \
             u16 sw;                                              \

@@ -124,8 +124,7 @@ inline bool aligned(VcpuFrame& f, const Insn& i, u64 ea, u32 size, u32 alignment
 /// An operation that does not store after all (unmasked exception) still needs a writable operand.
 [[gnu::cold]] inline bool probe(VcpuFrame& f, const Insn& i, u64 ea, u32 size) {
     u64 linear;
-    return aligned(f, i, ea, size, size == 10 ? 8 : size, true) &&
-           linear_address(f, i.segment, ea, size, true, linear) &&
+    return linear_address(f, i.segment, ea, size, true, linear) &&
            probe_write_linear(f, linear, size, Privilege::kCurrent, i.segment);
 }
 

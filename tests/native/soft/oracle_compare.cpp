@@ -69,11 +69,17 @@ bool accessed_in_parts(const OpInfo& row) {
 
 /// Outcomes that may differ, not only in detail.
 bool left_to_the_cpu(const Case& c, int ours, int host) {
-    std::string_view m = op_info(c.op).mnemonic;
+    const OpInfo& row = op_info(c.op);
+    std::string_view m = row.mnemonic;
     // Bytes that MASKMOVDQU and its kin leave out may be checked as if they were written (SDM 2).
     if (m.starts_with("maskmov") || m == "vmaskmovdqu") return ours < 0 && host == kPf;
     // Of two operands that both fault, either may come first.
     if (m.starts_with("cmps")) return ours >= 0 && host >= 0;
+    // Segment limit, alignment and page are checked in an order of the CPU's choice (SDM 3A, table 6-2).
+    if ((row.attrs & (kAligned | kAlignedVex)) || accessed_in_parts(row)) {
+        auto memory = [](int vector) { return vector >= kSsFault && vector <= kPf; };
+        if (ours != host && memory(ours) && memory(host)) return true;
+    }
     // A call to an address that is not canonical, with a stack that cannot be pushed to.
     if (c.op == Op::CALL_Ev) return ours == kGp && (host == kSsFault || host == kPf || host == kAcFault);
     return false;

@@ -337,6 +337,13 @@ void care(Random& random, Case& c) {
         s.legacy[kFswAt] &= 0x7f;  // whether a pending x87 exception counts then differs between CPUs
         s.legacy[kFswAt + 1] &= 0x7f;
         s.legacy[kFcwAt] |= 0x3f;
+    } else if (row.mnemonic == "ret" || row.mnemonic == "jmp" || row.mnemonic == "call") {
+        // Addresses that can be jumped to; the instruction there is not executed.
+        u64 target = random.next() >> (random.one_in(8) ? 0 : 17);
+        u8* top = data_at(c, s.gpr[kRsp], 8);
+        if (row.mnemonic == "ret" && top) std::memcpy(top, &target, 8);
+        if (memory && row.mnemonic != "ret") std::memcpy(memory, &target, 8);
+        if (row.operands[0] == Operand::Ev && !i.has_mem) s.gpr[i.rm] = target;
     } else if (row.mnemonic == "popf") {
         // The trap flag would stop the host, not the instruction under test; NT and ID would stay set in
         // the child, where the tracer cannot clear them.

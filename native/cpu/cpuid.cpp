@@ -259,7 +259,9 @@ void build_extended(Builder& b, const CpuidPolicy& p, const Signature& s) {
     b.set(0x80000007, 0, 0, 0, static_cast<u32>(bit(8)));  // invariant TSC
     u32 linear = p.features.has(F::kLa57) ? 57 : 48;
     u32 cores = s.amd ? (p.cpus - 1) | ceil_log2(p.cpus) << 12 : 0;
-    b.set(0x80000008, p.physical_bits | linear << 8, 0, cores, 0);
+    // AMD: FXSAVE and XSAVE always store the x87 error pointers, so Linux need not clear them.
+    u32 error_pointers = s.amd ? static_cast<u32>(bit(2)) : 0;
+    b.set(0x80000008, p.physical_bits | linear << 8, error_pointers, cores, 0);
     if (s.amd && p.features.has(F::kNotVulnerable)) {
         b.at(0x80000008).ebx |= static_cast<u32>(bit(26) | bit(29));  // SSB_NO, BTC_NO
         // Automatic IBRS, SRSO_NO; TSA_SQ_NO, TSA_L1_NO

@@ -8,8 +8,8 @@
 
 namespace polyvisor::soft {
 
-/// A segment or gate descriptor (SDM 3A, 3.4.5 and 5.8.3); `upper` is the second half of the 16-byte
-/// ones in IA-32e mode.
+/// A segment or gate descriptor (SDM 3A, 3.4.5 and 5.8.3); `upper` is the second half of the
+/// 16-byte ones in IA-32e mode.
 struct Descriptor {
     u64 raw = 0;
     u64 upper = 0;
@@ -43,19 +43,34 @@ struct Descriptor {
 
 /// Types of system descriptors.
 enum SystemType : u8 {
-    kTss16 = 1, kLdt = 2, kTss16Busy = 3, kCallGate16 = 4, kTaskGate = 5, kIntGate16 = 6,
-    kTrapGate16 = 7, kTss = 9, kTssBusy = 11, kCallGate = 12, kIntGate = 14, kTrapGate = 15,
+    kTss16 = 1,
+    kLdt = 2,
+    kTss16Busy = 3,
+    kCallGate16 = 4,
+    kTaskGate = 5,
+    kIntGate16 = 6,
+    kTrapGate16 = 7,
+    kTss = 9,
+    kTssBusy = 11,
+    kCallGate = 12,
+    kIntGate = 14,
+    kTrapGate = 15,
 };
 
-inline bool long_active(const VcpuFrame& f) { return f.mode & kModeLongActive; }
-inline u8 iopl(const VcpuFrame& f) { return bits(f.rflags_rest, 13, 12); }
+inline bool long_active(const VcpuFrame& f) {
+    return f.mode & kModeLongActive;
+}
+inline u8 iopl(const VcpuFrame& f) {
+    return bits(f.rflags_rest, 13, 12);
+}
 
 inline bool is_canonical(const VcpuFrame& f, u64 address) {
     unsigned width = f.cr4 & bit(12) ? 57 : 48;
     return static_cast<u64>(sign_extend(address, width)) == address;
 }
 
-// --- Implicit supervisor accesses, through the soft TLB ----------------------------------------------
+// --- Implicit supervisor accesses, through the soft TLB
+// ----------------------------------------------
 
 inline Tlb& supervisor_tlb(VcpuFrame& f) {
     return f.tlb[f.cr4 & bit(21) ? kTlbSupervisor : kTlbSupervisorAc];
@@ -83,10 +98,15 @@ inline bool write_system(VcpuFrame& f, u64 linear, const T& value, u8 seg = kDs)
     return write_linear(f, linear, &value, sizeof(T), Privilege::kSupervisor, seg);
 }
 
-// --- Descriptors and segment registers (ops_segment.cpp) ----------------------------------------------
+// --- Descriptors and segment registers (ops_segment.cpp)
+// ----------------------------------------------
 
-constexpr bool null_selector(u16 selector) { return (selector & 0xfffc) == 0; }
-constexpr u32 selector_error(u16 selector, u32 ext = 0) { return (selector & 0xfffc) | ext; }
+constexpr bool null_selector(u16 selector) {
+    return (selector & 0xfffc) == 0;
+}
+constexpr u32 selector_error(u16 selector, u32 ext = 0) {
+    return (selector & 0xfffc) | ext;
+}
 
 /// Reads a descriptor from the GDT or LDT. Outside the table: raises `vector` with the selector.
 bool fetch_descriptor(VcpuFrame& f, u16 selector, Descriptor& d, u8 vector = kGp, u32 ext = 0);
@@ -114,7 +134,8 @@ bool check_stack_segment(VcpuFrame& f, u16 selector, u8 cpl, u8 vector, u32 ext,
 /// After a return to an outer level: data segments too privileged for the new CPL become null.
 void drop_privileged_segments(VcpuFrame& f);
 
-// --- Control transfers (ops_far.cpp, exceptions.cpp, task.cpp) -------------------------------------------
+// --- Control transfers (ops_far.cpp, exceptions.cpp, task.cpp)
+// -------------------------------------------
 
 /// Loads CS (whose descriptor is checked), CPL and IP.
 inline void enter_code(VcpuFrame& f, u16 selector, u8 cpl, const Descriptor& d, u64 ip) {
@@ -133,7 +154,9 @@ class StackFrame {
         : f_(f),
           ss_(ss),
           sp_(sp),
-          mask_(long_stack ? ~u64{0} : ss.db() ? 0xffffffff : 0xffff),
+          mask_(long_stack ? ~u64{0}
+                : ss.db()  ? 0xffffffff
+                           : 0xffff),
           long_(long_stack),
           privilege_(cpl == 3 ? Privilege::kUser : Privilege::kSupervisor),
           error_(error) {}
@@ -184,7 +207,8 @@ bool task_switch(VcpuFrame& f, u16 selector, const Descriptor& tss, TaskSwitch k
 bool fetch_tss(VcpuFrame& f, u16 selector, Descriptor& tss, u32 ext = 0);
 /// Whether the TSS's I/O bitmap allows `size` ports from `port`; raises #GP(0) when not.
 bool io_bitmap_allows(VcpuFrame& f, u16 port, u32 size);
-/// Whether VME redirects INT `vector` to the 8086 program itself; false with a fault pending on error.
+/// Whether VME redirects INT `vector` to the 8086 program itself; false with a fault pending on
+/// error.
 bool vme_redirects(VcpuFrame& f, u8 vector, bool& redirects);
 
 /// Enters the handler of `vector` from the present CS:RIP. Nothing but memory below stack pointers

@@ -14,11 +14,16 @@ u32 ext_of(EventType type) {
 }
 
 /// INT n, INT3 and INTO need the gate's DPL; other events do not.
-bool checks_dpl(EventType type) { return ext_of(type) == 0; }
+bool checks_dpl(EventType type) {
+    return ext_of(type) == 0;
+}
 
-bool is_interrupt_gate(u8 type) { return type == kIntGate || type == kIntGate16; }
+bool is_interrupt_gate(u8 type) {
+    return type == kIntGate || type == kIntGate16;
+}
 
-// --- Real mode, and VME's redirection ---------------------------------------------------------------------
+// --- Real mode, and VME's redirection
+// ---------------------------------------------------------------------
 
 /// Through an interrupt vector table at linear address `table`. `pushed` is the flags image.
 bool enter_vector(VcpuFrame& f, u64 table, u8 vector, u64 pushed) {
@@ -59,7 +64,8 @@ bool enter_redirected(VcpuFrame& f, u8 vector) {
     return true;
 }
 
-// --- Protected mode ------------------------------------------------------------------------------------------
+// --- Protected mode
+// ------------------------------------------------------------------------------------------
 
 struct HandlerFrame {
     u64 flags;
@@ -167,7 +173,8 @@ bool enter_protected(VcpuFrame& f, u8 vector, EventType type, HandlerFrame h) {
     return enter_same_level(f, gate, selector, code, h, ip, size);
 }
 
-// --- IA-32e mode ------------------------------------------------------------------------------------------------
+// --- IA-32e mode
+// ------------------------------------------------------------------------------------------------
 
 /// Stores `count` quadwords at `linear`, ascending, in one piece.
 bool push_block(VcpuFrame& f, u64 linear, const u64* words, u32 bytes, u8 cpl) {
@@ -247,9 +254,16 @@ enum class Severity { kBenign, kContributory, kPageFault };
 
 Severity severity(u8 vector) {
     switch (vector) {
-        case kDe: case kTs: case kNp: case kSsFault: case kGp: return Severity::kContributory;
-        case kPf: return Severity::kPageFault;
-        default: return Severity::kBenign;
+        case kDe:
+        case kTs:
+        case kNp:
+        case kSsFault:
+        case kGp:
+            return Severity::kContributory;
+        case kPf:
+            return Severity::kPageFault;
+        default:
+            return Severity::kBenign;
     }
 }
 
@@ -269,8 +283,8 @@ bool deliver_all(VcpuFrame& f, Fault now, EventType type) {
         f.fault = {};
         const bool exception = type == EventType::kException;
         if (exception) note_exception(f, now);
-        // Faults restart their instruction past its breakpoint; breakpoint faults themselves must not
-        // hide that they came from one.
+        // Faults restart their instruction past its breakpoint; breakpoint faults themselves must
+        // not hide that they came from one.
         const bool set_rf = exception && !now.trap && now.vector != kDb;
         const u32* error = now.has_error ? &now.error : nullptr;
         if (PV_LIKELY(enter_handler(f, now.vector, type, error, set_rf))) {
@@ -286,8 +300,9 @@ bool deliver_all(VcpuFrame& f, Fault now, EventType type) {
                 f.activity = Activity::kShutdown;
                 return false;
             }
-            bool doubled = (first == Severity::kContributory && second == Severity::kContributory) ||
-                           (first == Severity::kPageFault && second != Severity::kBenign);
+            bool doubled =
+                (first == Severity::kContributory && second == Severity::kContributory) ||
+                (first == Severity::kPageFault && second != Severity::kBenign);
             if (doubled) {
                 if (next.vector == kPf) f.cr2 = next.cr2;
                 next = Fault{.pending = Pending::kException, .vector = kDf, .has_error = true};
@@ -300,7 +315,9 @@ bool deliver_all(VcpuFrame& f, Fault now, EventType type) {
 
 }  // namespace
 
-bool deliver_fault(VcpuFrame& f) { return deliver_all(f, f.fault, EventType::kException); }
+bool deliver_fault(VcpuFrame& f) {
+    return deliver_all(f, f.fault, EventType::kException);
+}
 
 bool deliver_event(VcpuFrame& f, u8 vector, EventType type) {
     Fault event{.pending = Pending::kException, .vector = vector, .trap = true};

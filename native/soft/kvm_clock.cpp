@@ -28,8 +28,8 @@ void scale_for(u64 tsc_khz, u32& mul, s8& shift) {
     s8 s = 0;
     while (hz > 2'000'000'000) hz >>= 1, --s;
     while (hz <= 1'000'000'000) hz <<= 1, ++s;
-    // Now 1 GHz < hz <= 2 GHz: the multiplier is in [2^31, 2^32). Shifting may have lost bits of hz,
-    // so it is computed from the exact frequency.
+    // Now 1 GHz < hz <= 2 GHz: the multiplier is in [2^31, 2^32). Shifting may have lost bits of
+    // hz, so it is computed from the exact frequency.
     u128 numerator = static_cast<u128>(1'000'000) << 32;
     u64 khz = tsc_khz;
     if (s >= 0) {
@@ -69,9 +69,9 @@ void write_wall_clock(VcpuFrame& f, u64 gpa) {
     u64 boot_ns = kDeterministicEpoch * 1'000'000'000;
     if (!env.deterministic) {
         auto now = std::chrono::system_clock::now().time_since_epoch();
-        boot_ns = static_cast<u64>(
-                      std::chrono::duration_cast<std::chrono::nanoseconds>(now).count()) -
-                  env.clock.now();
+        boot_ns =
+            static_cast<u64>(std::chrono::duration_cast<std::chrono::nanoseconds>(now).count()) -
+            env.clock.now();
     }
     u32 version = (env.memory.load<u32>(Gpa(gpa)) & ~1u) + 2;
     env.memory.store<u32>(Gpa(gpa), version - 1);

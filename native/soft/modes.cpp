@@ -6,8 +6,8 @@ namespace {
 
 /// A data segment whose checks can never fail in 32-bit code.
 bool flat(const Segment& s) {
-    constexpr u32 kMask = bit(16) | bit(7) | bit(4) | 0xe;       // unusable, P, S, type
-    constexpr u32 kFlat = bit(7) | bit(4) | 2;                   // present, writable, expand-up
+    constexpr u32 kMask = bit(16) | bit(7) | bit(4) | 0xe;  // unusable, P, S, type
+    constexpr u32 kFlat = bit(7) | bit(4) | 2;              // present, writable, expand-up
     return (s.attributes & kMask) == kFlat && s.base == 0 && s.limit == 0xffffffff;
 }
 

@@ -1,5 +1,5 @@
-// Every MSR that operating systems touch: those with a meaning here, those that read as what a virtual
-// machine without the feature says, and #GP for the rest, with a limited log line.
+// Every MSR that operating systems touch: those with a meaning here, those that read as what a
+// virtual machine without the feature says, and #GP for the rest, with a limited log line.
 #include "soft/msr.hpp"
 
 #include <cstdio>
@@ -78,10 +78,15 @@ constexpr u64 kEferSce = bit(0), kEferLme = bit(8), kEferLma = bit(10), kEferNxe
               kEferAutoIbrs = bit(21);
 constexpr unsigned kVariableMtrrs = 8;
 
-const FeatureSet& features(const VcpuFrame& f) { return environment(f).cpuid.features; }
-bool intel(const VcpuFrame& f) { return environment(f).cpuid.intel; }
+const FeatureSet& features(const VcpuFrame& f) {
+    return environment(f).cpuid.features;
+}
+bool intel(const VcpuFrame& f) {
+    return environment(f).cpuid.intel;
+}
 
-// --- The TSC ------------------------------------------------------------------------------------------------
+// --- The TSC
+// ------------------------------------------------------------------------------------------------
 
 void shift_tsc(VcpuFrame& f, u64 delta) {
     f.msr.tsc_offset += delta;
@@ -118,9 +123,12 @@ bool apic_write(VcpuFrame& f, u32 index, u64 value) {
     return env.lapic->write_msr(index, value);
 }
 
-// --- Memory types ---------------------------------------------------------------------------------------------
+// --- Memory types
+// ---------------------------------------------------------------------------------------------
 
-bool memory_type(u64 type) { return type <= 1 || (type >= 4 && type <= 6); }
+bool memory_type(u64 type) {
+    return type <= 1 || (type >= 4 && type <= 6);
+}
 
 bool valid_types(u64 value, bool pat) {
     for (unsigned n = 0; n < 64; n += 8) {
@@ -133,8 +141,10 @@ bool valid_types(u64 value, bool pat) {
 /// Index into mtrr_fixed, or -1.
 int fixed_mtrr(u32 index) {
     if (index == kMtrrFix64k) return 0;
-    if (index == kMtrrFix16k || index == kMtrrFix16k + 1) return static_cast<int>(index - kMtrrFix16k) + 1;
-    if (index >= kMtrrFix4k && index < kMtrrFix4k + 8) return static_cast<int>(index - kMtrrFix4k) + 3;
+    if (index == kMtrrFix16k || index == kMtrrFix16k + 1)
+        return static_cast<int>(index - kMtrrFix16k) + 1;
+    if (index >= kMtrrFix4k && index < kMtrrFix4k + 8)
+        return static_cast<int>(index - kMtrrFix4k) + 3;
     return -1;
 }
 
@@ -143,7 +153,8 @@ bool valid_variable_mtrr(const VcpuFrame& f, u32 index, u64 value) {
     return !(value & ~f.physical_mask) && !(value & 0xf00) && memory_type(value & 0xff);
 }
 
-// --- EFER -----------------------------------------------------------------------------------------------------
+// --- EFER
+// -----------------------------------------------------------------------------------------------------
 
 bool write_efer(VcpuFrame& f, u64 value) {
     u64 allowed = kEferSce | kEferLma;
@@ -171,33 +182,57 @@ void note_unknown(VcpuFrame& f, const char* what, u32 index, u64 value) {
 bool known_absent(u32 index) {
     return (index >= 0xc1 && index <= 0xc8) || (index >= 0x186 && index <= 0x18d) ||  // counters
            (index >= 0x309 && index <= 0x30c) || (index >= 0x38d && index <= 0x390) ||
-           (index >= 0x600 && index <= 0x650) ||                                        // RAPL
-           (index >= 0x280 && index <= 0x289) || index == 0x345 || index == 0x140 || index == 0x122 ||
-           index == 0x1a2 || index == 0x1ad || (index >= 0xc0010000 && index <= 0xc0010007) ||
-           (index >= 0xc0010200 && index <= 0xc001020b) || (index >= 0xc0010299 && index <= 0xc001029b) ||
+           (index >= 0x600 && index <= 0x650) ||  // RAPL
+           (index >= 0x280 && index <= 0x289) || index == 0x345 || index == 0x140 ||
+           index == 0x122 || index == 0x1a2 || index == 0x1ad ||
+           (index >= 0xc0010000 && index <= 0xc0010007) ||
+           (index >= 0xc0010200 && index <= 0xc001020b) ||
+           (index >= 0xc0010299 && index <= 0xc001029b) ||
            (index >= 0xc0010060 && index <= 0xc001006b);
 }
 
 bool read_amd(const VcpuFrame& f, u32 index, u64& value) {
     if (intel(f)) return false;
     switch (index) {
-        case kAmdHwcr: value = bit(24); return true;  // the TSC counts at the P0 frequency
-        case kAmdDeCfg: value = bit(1); return true;  // LFENCE serializes
-        case kAmdSyscfg: case kAmdTopMem: case kAmdTopMem2: case kAmdNbCfg: case kAmdIntPending:
-        case kAmdMmioConfBase: case kAmdLsCfg: case kAmdIcCfg: case kAmdDcCfg: case kAmdBuCfg2:
+        case kAmdHwcr:
+            value = bit(24);
+            return true;  // the TSC counts at the P0 frequency
+        case kAmdDeCfg:
+            value = bit(1);
+            return true;  // LFENCE serializes
+        case kAmdSyscfg:
+        case kAmdTopMem:
+        case kAmdTopMem2:
+        case kAmdNbCfg:
+        case kAmdIntPending:
+        case kAmdMmioConfBase:
+        case kAmdLsCfg:
+        case kAmdIcCfg:
+        case kAmdDcCfg:
+        case kAmdBuCfg2:
             value = 0;
             return true;
-        default: return false;
+        default:
+            return false;
     }
 }
 
 bool write_amd(const VcpuFrame& f, u32 index) {
     if (intel(f)) return false;
     switch (index) {
-        case kAmdHwcr: case kAmdDeCfg: case kAmdSyscfg: case kAmdNbCfg: case kAmdIntPending:
-        case kAmdPatchLoader: case kAmdLsCfg: case kAmdIcCfg: case kAmdDcCfg: case kAmdBuCfg2:
+        case kAmdHwcr:
+        case kAmdDeCfg:
+        case kAmdSyscfg:
+        case kAmdNbCfg:
+        case kAmdIntPending:
+        case kAmdPatchLoader:
+        case kAmdLsCfg:
+        case kAmdIcCfg:
+        case kAmdDcCfg:
+        case kAmdBuCfg2:
             return true;  // workarounds for errata that are not here
-        default: return false;
+        default:
+            return false;
     }
 }
 
@@ -219,45 +254,100 @@ bool read_msr(VcpuFrame& f, u32 index, u64& value) {
         return true;
     }
     switch (index) {
-        case kTscMsr: value = read_tsc(f); return true;
-        case kTscAdjustMsr: value = m.tsc_adjust; return true;
-        case kTscAuxMsr: value = m.tsc_aux; return true;
-        case kFsBase: value = f.seg[kFs].base; return true;
-        case kGsBase: value = f.seg[kGs].base; return true;
-        case kKernelGsBase: value = m.kernel_gs_base; return true;
-        case kEferMsr: value = m.efer; return true;
-        case kStar: value = m.star; return true;
-        case kLstar: value = m.lstar; return true;
-        case kCstar: value = m.cstar; return true;
-        case kSfmask: value = m.sfmask; return true;
-        case kSysenterCs: value = m.sysenter_cs; return true;
-        case kSysenterEsp: value = m.sysenter_esp; return true;
-        case kSysenterEip: value = m.sysenter_eip; return true;
-        case kPatMsr: value = m.pat; return true;
-        case kMtrrDefType: value = m.mtrr_def_type; return true;
-        case kMtrrCap: value = kVariableMtrrs | bit(8) | bit(10); return true;  // fixed ranges, WC
-        case kMiscEnable: value = m.misc_enable; return true;
-        case kMcgCap: value = kMceBanks; return true;
-        case kFeatureControl: value = 1; return intel(f);  // locked, nothing enabled
-        case kUpdateRevision: value = intel(f) ? bit(32) : 0x01000065; return true;
+        case kTscMsr:
+            value = read_tsc(f);
+            return true;
+        case kTscAdjustMsr:
+            value = m.tsc_adjust;
+            return true;
+        case kTscAuxMsr:
+            value = m.tsc_aux;
+            return true;
+        case kFsBase:
+            value = f.seg[kFs].base;
+            return true;
+        case kGsBase:
+            value = f.seg[kGs].base;
+            return true;
+        case kKernelGsBase:
+            value = m.kernel_gs_base;
+            return true;
+        case kEferMsr:
+            value = m.efer;
+            return true;
+        case kStar:
+            value = m.star;
+            return true;
+        case kLstar:
+            value = m.lstar;
+            return true;
+        case kCstar:
+            value = m.cstar;
+            return true;
+        case kSfmask:
+            value = m.sfmask;
+            return true;
+        case kSysenterCs:
+            value = m.sysenter_cs;
+            return true;
+        case kSysenterEsp:
+            value = m.sysenter_esp;
+            return true;
+        case kSysenterEip:
+            value = m.sysenter_eip;
+            return true;
+        case kPatMsr:
+            value = m.pat;
+            return true;
+        case kMtrrDefType:
+            value = m.mtrr_def_type;
+            return true;
+        case kMtrrCap:
+            value = kVariableMtrrs | bit(8) | bit(10);
+            return true;  // fixed ranges, WC
+        case kMiscEnable:
+            value = m.misc_enable;
+            return true;
+        case kMcgCap:
+            value = kMceBanks;
+            return true;
+        case kFeatureControl:
+            value = 1;
+            return intel(f);  // locked, nothing enabled
+        case kUpdateRevision:
+            value = intel(f) ? bit(32) : 0x01000065;
+            return true;
         case kArchCapabilitiesMsr:
             value = kArchCapabilities;
             return intel(f) && features(f).has(Feature::kNotVulnerable);
         case kSpecCtrl:
             value = m.spec_ctrl;
             return intel(f) && features(f).has(Feature::kNotVulnerable);
-        case kXss: value = m.xss; return features(f).has(Feature::kXsaves);
-        case kMcgStatus: case kPlatformId: case kEblCrPoweron: case kSmiCount: case kFsbFrequency:
-        case kPlatformInfo: case kPerfStatus: case kPerfCtl: case kThermStatus: case kDebugCtl:
+        case kXss:
+            value = m.xss;
+            return features(f).has(Feature::kXsaves);
+        case kMcgStatus:
+        case kPlatformId:
+        case kEblCrPoweron:
+        case kSmiCount:
+        case kFsbFrequency:
+        case kPlatformInfo:
+        case kPerfStatus:
+        case kPerfCtl:
+        case kThermStatus:
+        case kDebugCtl:
             value = 0;
             return true;
-        case kMsrKvmWallClock: case kMsrKvmWallClockOld:
+        case kMsrKvmWallClock:
+        case kMsrKvmWallClockOld:
             value = m.kvm_wall_clock;
             return features(f).has(Feature::kKvmClock);
-        case kMsrKvmSystemTime: case kMsrKvmSystemTimeOld:
+        case kMsrKvmSystemTime:
+        case kMsrKvmSystemTimeOld:
             value = m.kvm_system_time;
             return features(f).has(Feature::kKvmClock);
-        default: break;
+        default:
+            break;
     }
     if (read_amd(f, index, value)) return true;
     if (!known_absent(index)) note_unknown(f, "read", index, 0);
@@ -288,23 +378,41 @@ bool write_msr(VcpuFrame& f, u32 index, u64 value) {
         return true;
     };
     switch (index) {
-        case kTscMsr: shift_tsc(f, value - read_tsc(f)); return true;
-        case kTscAdjustMsr: shift_tsc(f, value - m.tsc_adjust); return true;
+        case kTscMsr:
+            shift_tsc(f, value - read_tsc(f));
+            return true;
+        case kTscAdjustMsr:
+            shift_tsc(f, value - m.tsc_adjust);
+            return true;
         case kTscAuxMsr:
             if (value >> 32) return false;
             m.tsc_aux = value;
             return true;
-        case kFsBase: return canonical(f.seg[kFs].base);
-        case kGsBase: return canonical(f.seg[kGs].base);
-        case kKernelGsBase: return canonical(m.kernel_gs_base);
-        case kEferMsr: return write_efer(f, value);
-        case kStar: m.star = value; return true;
-        case kLstar: return canonical(m.lstar);
-        case kCstar: return canonical(m.cstar);
-        case kSfmask: m.sfmask = value & 0xffffffff; return true;
-        case kSysenterCs: m.sysenter_cs = value & 0xffffffff; return true;
-        case kSysenterEsp: return canonical(m.sysenter_esp);
-        case kSysenterEip: return canonical(m.sysenter_eip);
+        case kFsBase:
+            return canonical(f.seg[kFs].base);
+        case kGsBase:
+            return canonical(f.seg[kGs].base);
+        case kKernelGsBase:
+            return canonical(m.kernel_gs_base);
+        case kEferMsr:
+            return write_efer(f, value);
+        case kStar:
+            m.star = value;
+            return true;
+        case kLstar:
+            return canonical(m.lstar);
+        case kCstar:
+            return canonical(m.cstar);
+        case kSfmask:
+            m.sfmask = value & 0xffffffff;
+            return true;
+        case kSysenterCs:
+            m.sysenter_cs = value & 0xffffffff;
+            return true;
+        case kSysenterEsp:
+            return canonical(m.sysenter_esp);
+        case kSysenterEip:
+            return canonical(m.sysenter_eip);
         case kPatMsr:
             if (!valid_types(value, true)) return false;
             m.pat = value;
@@ -313,7 +421,9 @@ bool write_msr(VcpuFrame& f, u32 index, u64 value) {
             if ((value & ~u64{0xcff}) || !memory_type(value & 0xff)) return false;
             m.mtrr_def_type = value;
             return true;
-        case kMiscEnable: m.misc_enable = value; return true;
+        case kMiscEnable:
+            m.misc_enable = value;
+            return true;
         case kSpecCtrl:
             if (!intel(f) || !features(f).has(Feature::kNotVulnerable) || (value & ~u64{7})) {
                 return false;
@@ -326,20 +436,28 @@ bool write_msr(VcpuFrame& f, u32 index, u64 value) {
             if (!features(f).has(Feature::kXsaves) || value != 0) return false;
             m.xss = value;
             return true;
-        case kMcgStatus: case kDebugCtl: return value == 0 || index == kDebugCtl;
-        case kBiosUpdateTrigger: case kUpdateRevision: case kPerfCtl: case kEblCrPoweron:
+        case kMcgStatus:
+        case kDebugCtl:
+            return value == 0 || index == kDebugCtl;
+        case kBiosUpdateTrigger:
+        case kUpdateRevision:
+        case kPerfCtl:
+        case kEblCrPoweron:
             return true;
-        case kMsrKvmWallClock: case kMsrKvmWallClockOld:
+        case kMsrKvmWallClock:
+        case kMsrKvmWallClockOld:
             if (!features(f).has(Feature::kKvmClock)) return false;
             m.kvm_wall_clock = value;
             write_wall_clock(f, value);
             return true;
-        case kMsrKvmSystemTime: case kMsrKvmSystemTimeOld:
+        case kMsrKvmSystemTime:
+        case kMsrKvmSystemTimeOld:
             if (!features(f).has(Feature::kKvmClock)) return false;
             m.kvm_system_time = value;
             update_kvm_clock(f);
             return true;
-        default: break;
+        default:
+            break;
     }
     if (write_amd(f, index)) return true;
     if (!known_absent(index)) note_unknown(f, "write", index, value);

@@ -1,10 +1,12 @@
-// Far transfers: JMP, CALL, RET and IRET in every mode, software interrupts, and the fast system calls.
+// Far transfers: JMP, CALL, RET and IRET in every mode, software interrupts, and the fast system
+// calls.
 #include "soft/bindings.hpp"
 #include "soft/descriptors.hpp"
 
 namespace polyvisor::soft {
 
-// --- Stacks --------------------------------------------------------------------------------------------
+// --- Stacks
+// --------------------------------------------------------------------------------------------
 
 bool StackFrame::address(u64 sp, u32 size, u64& linear) {
     if (PV_LIKELY(long_)) {
@@ -23,12 +25,35 @@ bool StackFrame::address(u64 sp, u32 size, u64& linear) {
 
 namespace {
 
+template <class T>
+u64 load_as(const u8* host) {
+    T value;
+    std::memcpy(&value, host, sizeof value);
+    return value;
+}
+/// Whole loads and stores, not byte copies: other CPUs may look.
+u64 load_sized(const u8* host, u32 size) {
+    return size == 8 ? load_as<u64>(host) : size == 4 ? load_as<u32>(host) : load_as<u16>(host);
+}
+void store_sized(u8* host, u64 value, u32 size) {
+    if (size == 8) {
+        std::memcpy(host, &value, 8);
+    } else if (size == 4) {
+        std::memcpy(host, &value, 4);
+    } else {
+        std::memcpy(host, &value, 2);
+    }
+}
+
 /// The soft TLB that an access of this privilege uses, for the fast path of stack frames.
 Tlb& tlb_for(VcpuFrame& f, Privilege privilege) {
     switch (privilege) {
-        case Privilege::kCurrent: return *f.tlb_now;
-        case Privilege::kUser: return f.tlb[kTlbUser];
-        default: return supervisor_tlb(f);
+        case Privilege::kCurrent:
+            return *f.tlb_now;
+        case Privilege::kUser:
+            return f.tlb[kTlbUser];
+        default:
+            return supervisor_tlb(f);
     }
 }
 
@@ -41,7 +66,7 @@ bool StackFrame::push(u64 value, u32 size) {
     Tlb& tlb = tlb_for(f_, privilege_);
     u64 n = (linear >> 12) & 255;
     if (PV_LIKELY(linear + tlb.neg_w[n] <= 4096 - size)) {
-        std::memcpy(reinterpret_cast<u8*>(linear + tlb.addend[n]), &value, size);
+        store_sized(reinterpret_cast<u8*>(linear + tlb.addend[n]), value, size);
     } else if (!write_linear(f_, linear, &value, size, privilege_, kSs)) {
         return false;
     }
@@ -56,7 +81,7 @@ bool StackFrame::pop(u64& value, u32 size) {
     Tlb& tlb = tlb_for(f_, privilege_);
     u64 n = (linear >> 12) & 255;
     if (PV_LIKELY(linear + tlb.neg_r[n] <= 4096 - size)) {
-        std::memcpy(&value, reinterpret_cast<const u8*>(linear + tlb.addend[n]), size);
+        value = load_sized(reinterpret_cast<const u8*>(linear + tlb.addend[n]), size);
     } else if (!read_linear(f_, linear, &value, size, privilege_, kSs)) {
         return false;
     }
@@ -71,7 +96,9 @@ bool check_target(VcpuFrame& f, const Descriptor& d, u64 ip, u32 ext) {
 
 namespace {
 
-u64 truncate(u64 value, u32 size) { return size == 8 ? value : value & (bit(size * 8) - 1); }
+u64 truncate(u64 value, u32 size) {
+    return size == 8 ? value : value & (bit(size * 8) - 1);
+}
 
 /// New value of RSP's visible part on the stack segment just loaded.
 void set_stack_pointer(VcpuFrame& f, u64 sp) {
@@ -103,7 +130,8 @@ void finish_code(VcpuFrame& f, u16 selector, u8 cpl, const Descriptor& d, u64 ip
     update_mode(f);
 }
 
-// --- JMP and CALL through gates ---------------------------------------------------------------------------
+// --- JMP and CALL through gates
+// ---------------------------------------------------------------------------
 
 bool fetch_gate_target(VcpuFrame& f, const Descriptor& gate, u16& selector, Descriptor& code) {
     selector = gate.gate_selector();
@@ -198,8 +226,8 @@ bool far_to_system(VcpuFrame& f, u16 selector, Descriptor& d, bool call) {
     if (d.type() == kCallGate || (d.type() == kCallGate16 && !long_active(f))) {
         return through_call_gate(f, selector, d, call);
     }
-    bool task = !long_active(f) &&
-                (d.type() == kTaskGate || d.type() == kTss || d.type() == kTss16);
+    bool task =
+        !long_active(f) && (d.type() == kTaskGate || d.type() == kTss || d.type() == kTss16);
     if (!task || d.dpl() < f.cpl || d.dpl() < (selector & 3)) {
         return raise_gp(f, selector_error(selector));
     }
@@ -261,7 +289,8 @@ bool far_memory(VcpuFrame& f, const Insn& i, u64 ea) {
     return far_transfer(f, selector, offset, i.opsize, call);
 }
 
-// --- RET ---------------------------------------------------------------------------------------------------
+// --- RET
+// ---------------------------------------------------------------------------------------------------
 
 /// The code segment that a far return or IRET names; `rpl` becomes the CPL.
 bool check_return_segment(VcpuFrame& f, u16 selector, Descriptor& d) {
@@ -322,12 +351,15 @@ bool far_return(VcpuFrame& f, u32 size, u16 skip) {
     return true;
 }
 
-bool retf(VcpuFrame& f, const Insn& i, u64) { return far_return(f, i.opsize, 0); }
+bool retf(VcpuFrame& f, const Insn& i, u64) {
+    return far_return(f, i.opsize, 0);
+}
 bool retf_iw(VcpuFrame& f, const Insn& i, u64) {
     return far_return(f, i.opsize, static_cast<u16>(i.imm));
 }
 
-// --- IRET --------------------------------------------------------------------------------------------------
+// --- IRET
+// --------------------------------------------------------------------------------------------------
 
 constexpr u64 kVmeFlags = kFlagVif | kFlagVip;
 
@@ -466,7 +498,8 @@ bool iret(VcpuFrame& f, const Insn& i, u64) {
     return f.vm86() ? iret_vm86(f, i.opsize) : iret_real(f, i.opsize);
 }
 
-// --- Software interrupts --------------------------------------------------------------------------------------
+// --- Software interrupts
+// --------------------------------------------------------------------------------------
 
 bool software_interrupt(VcpuFrame& f, u8 vector, EventType type) {
     if (!enter_handler(f, vector, type, nullptr, false)) return false;
@@ -488,7 +521,8 @@ bool into(VcpuFrame& f, const Insn&, u64) {
     return software_interrupt(f, kOf, EventType::kSoftwareException);
 }
 
-// --- Fast system calls -----------------------------------------------------------------------------------------
+// --- Fast system calls
+// -----------------------------------------------------------------------------------------
 
 constexpr u32 kFlatCode64 = 0xa09b, kFlatCode32 = 0xc09b, kFlatData = 0xc093, kDpl3 = 3 << 5;
 
@@ -580,7 +614,9 @@ bool sysexit(VcpuFrame& f, const Insn& i, u64) {
     return true;
 }
 
-bool rsm(VcpuFrame& f, const Insn&, u64) { return raise_ud(f); }  // never in SMM
+bool rsm(VcpuFrame& f, const Insn&, u64) {
+    return raise_ud(f);
+}  // never in SMM
 
 const OpBinding kFarOps[] = {
     bind<Op::JMPF_Ap, far_immediate<false>>(),
@@ -603,6 +639,8 @@ const OpBinding kFarOps[] = {
 
 }  // namespace
 
-std::span<const OpBinding> far_ops() { return kFarOps; }
+std::span<const OpBinding> far_ops() {
+    return kFarOps;
+}
 
 }  // namespace polyvisor::soft

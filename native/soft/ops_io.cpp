@@ -1,5 +1,5 @@
-// Port input and output: permission by IOPL or the TSS's bitmap (SDM 1, 19.5), the string forms with
-// REP, and the bus.
+// Port input and output: permission by IOPL or the TSS's bitmap (SDM 1, 19.5), the string forms
+// with REP, and the bus.
 #include "soft/bindings.hpp"
 #include "soft/descriptors.hpp"
 #include "soft/host_mxcsr.hpp"
@@ -7,8 +7,8 @@
 namespace polyvisor::soft {
 namespace {
 
-// A repeated instruction looks up for interrupts and requests after this many elements: a device may
-// take a microsecond for each.
+// A repeated instruction looks up for interrupts and requests after this many elements: a device
+// may take a microsecond for each.
 constexpr unsigned kElementsPerTurn = 64;
 
 bool port_allowed(VcpuFrame& f, u16 port, u32 size) {
@@ -22,8 +22,21 @@ void sync_time(VcpuFrame& f) {
     if (environment(f).deterministic) read_tsc(f);
 }
 
+/// I/O breakpoints, with CR4.DE (SDM 3B, 17.2.4): they trap after the instruction.
+[[gnu::cold]] void note_port_breakpoints(VcpuFrame& f, u16 port, u32 size) {
+    static constexpr u8 kLength[4] = {1, 2, 8, 4};
+    if (!(f.cr4 & bit(3))) return;
+    for (unsigned n = 0; n < 4; ++n) {
+        if (!(f.dr7 >> (2 * n) & 3) || (f.dr7 >> (16 + 4 * n) & 3) != 2) continue;
+        u64 length = kLength[f.dr7 >> (18 + 4 * n) & 3];
+        u64 start = f.dr[n] & ~(length - 1);
+        if (port < start + length && start < u64{port} + size) f.debug_hits |= bit(n);
+    }
+}
+
 u32 read_port(VcpuFrame& f, u16 port, u32 size) {
     sync_time(f);
+    if (PV_UNLIKELY(f.dr7 & 0xff)) note_port_breakpoints(f, port, size);
     HostMxcsr usual_mxcsr;
     u32 value = 0;
     environment(f).pio.read(port, {reinterpret_cast<u8*>(&value), size});
@@ -32,11 +45,14 @@ u32 read_port(VcpuFrame& f, u16 port, u32 size) {
 
 void write_port(VcpuFrame& f, u16 port, u32 size, u32 value) {
     sync_time(f);
+    if (PV_UNLIKELY(f.dr7 & 0xff)) note_port_breakpoints(f, port, size);
     HostMxcsr usual_mxcsr;
     environment(f).pio.write(port, {reinterpret_cast<const u8*>(&value), size});
 }
 
-u32 port_size(const Insn& i, bool byte) { return byte ? 1 : i.opsize == 2 ? 2 : 4; }
+u32 port_size(const Insn& i, bool byte) {
+    return byte ? 1 : i.opsize == 2 ? 2 : 4;
+}
 
 template <bool byte, bool immediate>
 bool in(VcpuFrame& f, const Insn& i, u64) {
@@ -131,6 +147,8 @@ const OpBinding kIoOps[] = {
 
 }  // namespace
 
-std::span<const OpBinding> io_ops() { return kIoOps; }
+std::span<const OpBinding> io_ops() {
+    return kIoOps;
+}
 
 }  // namespace polyvisor::soft

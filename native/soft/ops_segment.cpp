@@ -5,7 +5,8 @@
 
 namespace polyvisor::soft {
 
-// --- Descriptors -------------------------------------------------------------------------------------
+// --- Descriptors
+// -------------------------------------------------------------------------------------
 
 u64 descriptor_address(const VcpuFrame& f, u16 selector) {
     return (selector & 4 ? f.ldtr.base : f.gdtr.base) + (selector & 0xfff8);
@@ -95,8 +96,7 @@ bool load_segment(VcpuFrame& f, u8 seg, u16 selector) {
     Descriptor d;
     if (!fetch_descriptor(f, selector, d)) return false;
     u8 rpl = selector & 3;
-    bool good = d.s() && d.readable() &&
-                (d.conforming() || (d.dpl() >= f.cpl && d.dpl() >= rpl));
+    bool good = d.s() && d.readable() && (d.conforming() || (d.dpl() >= f.cpl && d.dpl() >= rpl));
     if (!good) return raise_gp(f, selector_error(selector));
     if (!d.present()) return raise(f, kNp, selector_error(selector));
     if (!mark_accessed(f, selector, d)) return false;
@@ -118,7 +118,8 @@ void drop_privileged_segments(VcpuFrame& f) {
 
 namespace {
 
-// --- MOV, PUSH, POP of segment registers --------------------------------------------------------------
+// --- MOV, PUSH, POP of segment registers
+// --------------------------------------------------------------
 
 bool mov_mw_sw(VcpuFrame& f, const Insn& i, u64 ea) {
     if (i.reg > kGs) return raise_ud(f);
@@ -184,7 +185,8 @@ bool load_far_pointer(VcpuFrame& f, const Insn& i, u64 ea) {
     return true;
 }
 
-// --- Questions about descriptors -----------------------------------------------------------------------
+// --- Questions about descriptors
+// -----------------------------------------------------------------------
 
 void set_zf(VcpuFrame& f, bool zf) {
     constexpr u16 kZfBit = kFlagZ << 8;
@@ -218,15 +220,23 @@ bool lar_lsl(VcpuFrame& f, const Insn& i, u64 ea) {
     if (!peek_descriptor(f, selector, d, found)) return false;
     if (found && !d.s()) {
         switch (d.type()) {
-            case kTss16: case kTss16Busy:
+            case kTss16:
+            case kTss16Busy:
                 found = !long_active(f);
                 break;
-            case kCallGate16: case kTaskGate:
+            case kCallGate16:
+            case kTaskGate:
                 found = !want_limit && !long_active(f);
                 break;
-            case kCallGate: found = !want_limit; break;
-            case kLdt: case kTss: case kTssBusy: break;
-            default: found = false;
+            case kCallGate:
+                found = !want_limit;
+                break;
+            case kLdt:
+            case kTss:
+            case kTssBusy:
+                break;
+            default:
+                found = false;
         }
     }
     found = found && visible(f, selector, d);
@@ -245,8 +255,8 @@ bool verify(VcpuFrame& f, const Insn& i, u64 ea) {
     Descriptor d;
     bool found;
     if (!peek_descriptor(f, selector, d, found)) return false;
-    bool ok = found && d.s() && visible(f, selector, d) &&
-              (write ? d.writable_data() : d.readable());
+    bool ok =
+        found && d.s() && visible(f, selector, d) && (write ? d.writable_data() : d.readable());
     set_zf(f, ok);
     return true;
 }
@@ -268,7 +278,8 @@ bool arpl(VcpuFrame& f, const Insn& i, u64 ea) {
     return true;
 }
 
-// --- Table registers -------------------------------------------------------------------------------------
+// --- Table registers
+// -------------------------------------------------------------------------------------
 
 /// UMIP: SGDT, SIDT, SLDT, STR and SMSW are for CPL 0.
 bool umip_denies(VcpuFrame& f) {
@@ -277,7 +288,7 @@ bool umip_denies(VcpuFrame& f) {
     return true;
 }
 
-template <DescriptorTable VcpuFrame::*table>
+template <DescriptorTable VcpuFrame::* table>
 bool store_table(VcpuFrame& f, const Insn& i, u64 ea) {
     if (umip_denies(f)) return false;
     const DescriptorTable& t = f.*table;
@@ -287,7 +298,7 @@ bool store_table(VcpuFrame& f, const Insn& i, u64 ea) {
     return store_bytes(f, i, ea, bytes, f.long64() ? 10 : 6);
 }
 
-template <DescriptorTable VcpuFrame::*table>
+template <DescriptorTable VcpuFrame::* table>
 bool load_table(VcpuFrame& f, const Insn& i, u64 ea) {
     u8 bytes[10]{};
     if (!load_bytes(f, i, ea, bytes, f.long64() ? 10 : 6)) return false;
@@ -310,7 +321,9 @@ bool store_selector(VcpuFrame& f, const Insn& i, u64 ea, u16 selector) {
 bool sldt(VcpuFrame& f, const Insn& i, u64 ea) {
     return store_selector(f, i, ea, f.ldtr.selector);
 }
-bool str(VcpuFrame& f, const Insn& i, u64 ea) { return store_selector(f, i, ea, f.tr.selector); }
+bool str(VcpuFrame& f, const Insn& i, u64 ea) {
+    return store_selector(f, i, ea, f.tr.selector);
+}
 
 bool lldt(VcpuFrame& f, const Insn& i, u64 ea) {
     u16 selector;
@@ -358,7 +371,8 @@ bool ltr(VcpuFrame& f, const Insn& i, u64 ea) {
     return true;
 }
 
-// --- FS and GS bases ----------------------------------------------------------------------------------------
+// --- FS and GS bases
+// ----------------------------------------------------------------------------------------
 
 bool fsgsbase_off(VcpuFrame& f) {
     if (PV_LIKELY(f.cr4 & bit(16))) return false;
@@ -431,6 +445,8 @@ const OpBinding kSegmentOps[] = {
 
 }  // namespace
 
-std::span<const OpBinding> segment_ops() { return kSegmentOps; }
+std::span<const OpBinding> segment_ops() {
+    return kSegmentOps;
+}
 
 }  // namespace polyvisor::soft

@@ -8,22 +8,46 @@ namespace polyvisor::soft {
 namespace {
 
 enum Cr0 : u64 {
-    kCr0Pe = bit(0), kCr0Mp = bit(1), kCr0Em = bit(2), kCr0Ts = bit(3), kCr0Et = bit(4),
-    kCr0Ne = bit(5), kCr0Wp = bit(16), kCr0Am = bit(18), kCr0Nw = bit(29), kCr0Cd = bit(30),
+    kCr0Pe = bit(0),
+    kCr0Mp = bit(1),
+    kCr0Em = bit(2),
+    kCr0Ts = bit(3),
+    kCr0Et = bit(4),
+    kCr0Ne = bit(5),
+    kCr0Wp = bit(16),
+    kCr0Am = bit(18),
+    kCr0Nw = bit(29),
+    kCr0Cd = bit(30),
     kCr0Pg = bit(31),
     kCr0Known = kCr0Pe | kCr0Mp | kCr0Em | kCr0Ts | kCr0Et | kCr0Ne | kCr0Wp | kCr0Am | kCr0Nw |
                 kCr0Cd | kCr0Pg,
 };
 enum Cr4 : u64 {
-    kCr4Vme = bit(0), kCr4Pvi = bit(1), kCr4Tsd = bit(2), kCr4De = bit(3), kCr4Pse = bit(4),
-    kCr4Pae = bit(5), kCr4Mce = bit(6), kCr4Pge = bit(7), kCr4Pce = bit(8), kCr4Osfxsr = bit(9),
-    kCr4Osxmmexcpt = bit(10), kCr4Umip = bit(11), kCr4La57 = bit(12), kCr4Fsgsbase = bit(16),
-    kCr4Pcide = bit(17), kCr4Osxsave = bit(18), kCr4Smep = bit(20), kCr4Smap = bit(21),
+    kCr4Vme = bit(0),
+    kCr4Pvi = bit(1),
+    kCr4Tsd = bit(2),
+    kCr4De = bit(3),
+    kCr4Pse = bit(4),
+    kCr4Pae = bit(5),
+    kCr4Mce = bit(6),
+    kCr4Pge = bit(7),
+    kCr4Pce = bit(8),
+    kCr4Osfxsr = bit(9),
+    kCr4Osxmmexcpt = bit(10),
+    kCr4Umip = bit(11),
+    kCr4La57 = bit(12),
+    kCr4Fsgsbase = bit(16),
+    kCr4Pcide = bit(17),
+    kCr4Osxsave = bit(18),
+    kCr4Smep = bit(20),
+    kCr4Smap = bit(21),
     kCr4Pke = bit(22),
 };
 constexpr u64 kEferLme = bit(8), kEferLma = bit(10);
 
-const FeatureSet& features(const VcpuFrame& f) { return environment(f).cpuid.features; }
+const FeatureSet& features(const VcpuFrame& f) {
+    return environment(f).cpuid.features;
+}
 
 u64 allowed_cr4(const FeatureSet& has) {
     struct Row {
@@ -31,14 +55,22 @@ u64 allowed_cr4(const FeatureSet& has) {
         u64 bits;
     };
     static constexpr Row kRows[] = {
-        {Feature::kVme, kCr4Vme | kCr4Pvi}, {Feature::kTsc, kCr4Tsd},
-        {Feature::kDe, kCr4De},             {Feature::kPse, kCr4Pse},
-        {Feature::kPae, kCr4Pae},           {Feature::kMce, kCr4Mce},
-        {Feature::kPge, kCr4Pge},           {Feature::kFxsr, kCr4Osfxsr},
-        {Feature::kSse, kCr4Osxmmexcpt},    {Feature::kUmip, kCr4Umip},
-        {Feature::kLa57, kCr4La57},         {Feature::kFsgsbase, kCr4Fsgsbase},
-        {Feature::kPcid, kCr4Pcide},        {Feature::kXsave, kCr4Osxsave},
-        {Feature::kSmep, kCr4Smep},         {Feature::kSmap, kCr4Smap},
+        {Feature::kVme, kCr4Vme | kCr4Pvi},
+        {Feature::kTsc, kCr4Tsd},
+        {Feature::kDe, kCr4De},
+        {Feature::kPse, kCr4Pse},
+        {Feature::kPae, kCr4Pae},
+        {Feature::kMce, kCr4Mce},
+        {Feature::kPge, kCr4Pge},
+        {Feature::kFxsr, kCr4Osfxsr},
+        {Feature::kSse, kCr4Osxmmexcpt},
+        {Feature::kUmip, kCr4Umip},
+        {Feature::kLa57, kCr4La57},
+        {Feature::kFsgsbase, kCr4Fsgsbase},
+        {Feature::kPcid, kCr4Pcide},
+        {Feature::kXsave, kCr4Osxsave},
+        {Feature::kSmep, kCr4Smep},
+        {Feature::kSmap, kCr4Smap},
         {Feature::kPku, kCr4Pke},
     };
     u64 allowed = kCr4Pce;
@@ -48,9 +80,11 @@ u64 allowed_cr4(const FeatureSet& has) {
     return allowed;
 }
 
-// --- Control registers ------------------------------------------------------------------------------------
+// --- Control registers
+// ------------------------------------------------------------------------------------
 
-/// CR0 with everything that follows from it: paging on and off, EFER.LMA, PDPTEs (SDM 3A, 2.5, 9.8.5).
+/// CR0 with everything that follows from it: paging on and off, EFER.LMA, PDPTEs (SDM
+/// 3A, 2.5, 9.8.5).
 bool write_cr0(VcpuFrame& f, u64 value) {
     if (value >> 32) return raise_gp(f);
     value = (value & kCr0Known) | kCr0Et;
@@ -62,8 +96,8 @@ bool write_cr0(VcpuFrame& f, u64 value) {
         if (value & kCr0Pg) {
             if (efer & kEferLme) {
                 // Into IA-32e mode: PAE must be on, CS.L off, and TR no 16-bit TSS.
-                bool ok = (f.cr4 & kCr4Pae) && !f.seg[kCs].l() &&
-                          (f.tr.unusable() || (f.tr.type() & 8));
+                bool ok =
+                    (f.cr4 & kCr4Pae) && !f.seg[kCs].l() && (f.tr.unusable() || (f.tr.type() & 8));
                 if (!ok) return raise_gp(f);
                 efer |= kEferLma;
             }
@@ -117,8 +151,8 @@ bool write_cr4(VcpuFrame& f, u64 value) {
         std::memcpy(f.pdpte, pdpte, sizeof pdpte);
     }
     f.cr4 = value;
-    if (changed & (kCr4Pse | kCr4Pae | kCr4Pge | kCr4La57 | kCr4Pcide | kCr4Smep | kCr4Smap |
-                   kCr4Pke)) {
+    if (changed &
+        (kCr4Pse | kCr4Pae | kCr4Pge | kCr4La57 | kCr4Pcide | kCr4Smep | kCr4Smap | kCr4Pke)) {
         flush_tlb(f);
     }
     update_mode(f);
@@ -128,29 +162,46 @@ bool write_cr4(VcpuFrame& f, u64 value) {
 bool mov_to_cr(VcpuFrame& f, const Insn& i, u64) {
     u64 value = read_reg(f, i.rm, f.long64() ? 8 : 4);
     switch (i.reg) {
-        case 0: return write_cr0(f, value);
-        case 2: f.cr2 = value; return true;
-        case 3: return write_cr3(f, value);
-        case 4: return write_cr4(f, value);
+        case 0:
+            return write_cr0(f, value);
+        case 2:
+            f.cr2 = value;
+            return true;
+        case 3:
+            return write_cr3(f, value);
+        case 4:
+            return write_cr4(f, value);
         case 8:
             if (value & ~u64{15}) return raise_gp(f);
             if (LocalInterrupts* lapic = environment(f).lapic) {
                 lapic->set_cr8(static_cast<u8>(value));
             }
             return true;
-        default: return raise_ud(f);
+        default:
+            return raise_ud(f);
     }
 }
 
 bool mov_from_cr(VcpuFrame& f, const Insn& i, u64) {
     u64 value;
     switch (i.reg) {
-        case 0: value = f.cr0; break;
-        case 2: value = f.cr2; break;
-        case 3: value = f.cr3; break;
-        case 4: value = f.cr4; break;
-        case 8: value = environment(f).lapic ? environment(f).lapic->cr8() : 0; break;
-        default: return raise_ud(f);
+        case 0:
+            value = f.cr0;
+            break;
+        case 2:
+            value = f.cr2;
+            break;
+        case 3:
+            value = f.cr3;
+            break;
+        case 4:
+            value = f.cr4;
+            break;
+        case 8:
+            value = environment(f).lapic ? environment(f).lapic->cr8() : 0;
+            break;
+        default:
+            return raise_ud(f);
     }
     write_reg(f, i.rm, f.long64() ? 8 : 4, value);
     return true;
@@ -181,7 +232,8 @@ bool smsw(VcpuFrame& f, const Insn& i, u64 ea) {
     return true;
 }
 
-// --- Debug registers ------------------------------------------------------------------------------------------
+// --- Debug registers
+// ------------------------------------------------------------------------------------------
 
 /// DR4 and DR5 are DR6 and DR7 without CR4.DE. False: #UD, or #DB for general detect.
 bool debug_register(VcpuFrame& f, const Insn& i, u8& n) {
@@ -226,7 +278,8 @@ bool mov_to_dr(VcpuFrame& f, const Insn& i, u64) {
     return true;
 }
 
-// --- MSRs, CPUID, time -------------------------------------------------------------------------------------------
+// --- MSRs, CPUID, time
+// -------------------------------------------------------------------------------------------
 
 bool rdmsr(VcpuFrame& f, const Insn&, u64) {
     u64 value;
@@ -243,7 +296,9 @@ bool wrmsr(VcpuFrame& f, const Insn&, u64) {
 }
 
 /// Bytes of an XSAVE area for these components, standard format.
-u32 xsave_size(u64 components) { return components & 4 ? 832 : 576; }
+u32 xsave_size(u64 components) {
+    return components & 4 ? 832 : 576;
+}
 
 bool cpuid(VcpuFrame& f, const Insn&, u64) {
     const u32 leaf = static_cast<u32>(f.gpr[kRax]), subleaf = static_cast<u32>(f.gpr[kRcx]);
@@ -259,7 +314,8 @@ bool cpuid(VcpuFrame& f, const Insn&, u64) {
         case 0xd:
             if (subleaf <= 1 && r.ebx != 0) r.ebx = xsave_size(f.xcr0 | (subleaf ? f.msr.xss : 0));
             break;
-        default: break;
+        default:
+            break;
     }
     f.gpr[kRax] = r.eax;
     f.gpr[kRbx] = r.ebx;
@@ -293,9 +349,12 @@ bool rdpid(VcpuFrame& f, const Insn& i, u64) {
     return true;
 }
 
-bool rdpmc(VcpuFrame& f, const Insn&, u64) { return raise_gp(f); }  // there are no counters
+bool rdpmc(VcpuFrame& f, const Insn&, u64) {
+    return raise_gp(f);
+}  // there are no counters
 
-// --- Flags with privilege -------------------------------------------------------------------------------------------
+// --- Flags with privilege
+// -------------------------------------------------------------------------------------------
 
 void set_if(VcpuFrame& f) {
     if (!(f.rflags_rest & kFlagI)) f.shadow = true;
@@ -380,7 +439,8 @@ bool access_check(VcpuFrame& f, const Insn&, u64) {
     return true;
 }
 
-// --- The rest -----------------------------------------------------------------------------------------------------------
+// --- The rest
+// -----------------------------------------------------------------------------------------------------------
 
 bool hlt(VcpuFrame& f, const Insn&, u64) {
     f.activity = Activity::kHalted;
@@ -417,7 +477,9 @@ bool invpcid(VcpuFrame& f, const Insn& i, u64 ea) {
     return true;
 }
 
-bool nothing(VcpuFrame&, const Insn&, u64) { return true; }
+bool nothing(VcpuFrame&, const Insn&, u64) {
+    return true;
+}
 
 bool monitor(VcpuFrame& f, const Insn& i, u64) {
     if (f.cpl != 0) return raise_ud(f);
@@ -495,6 +557,8 @@ const OpBinding kSystemOps[] = {
 
 }  // namespace
 
-std::span<const OpBinding> system_ops() { return kSystemOps; }
+std::span<const OpBinding> system_ops() {
+    return kSystemOps;
+}
 
 }  // namespace polyvisor::soft

@@ -10,8 +10,18 @@ namespace polyvisor::soft {
 namespace {
 
 // Offsets in an FXSAVE64 image (SDM 1, table 10-2).
-enum FxsaveOffset { kFcw = 0, kFsw = 2, kFtw = 4, kFop = 6, kFip = 8, kFdp = 16, kMxcsr = 24,
-                    kMxcsrMask = 28, kSt0 = 32, kXmm0 = 160 };
+enum FxsaveOffset {
+    kFcw = 0,
+    kFsw = 2,
+    kFtw = 4,
+    kFop = 6,
+    kFip = 8,
+    kFdp = 16,
+    kMxcsr = 24,
+    kMxcsrMask = 28,
+    kSt0 = 32,
+    kXmm0 = 160
+};
 
 template <class T>
 void put(FpuState& fpu, unsigned offset, T value) {
@@ -140,7 +150,8 @@ void load_state(VcpuFrame& f, const CpuState& s) {
     update_kvm_clock(f);
 }
 
-// SDM 3A, table 9-1: what INIT leaves alone is the FPU, the MSRs but EFER, XCR0 and the caches' bits.
+// SDM 3A, table 9-1: what INIT leaves alone is the FPU, the MSRs but EFER, XCR0 and the caches'
+// bits.
 void init_reset(VcpuFrame& f, bool bootstrap) {
     CpuState s;
     save_state(f, s);
@@ -169,13 +180,13 @@ FeatureSet implemented_features() {
     // A feature with instructions is implemented when the table has them.
     for (unsigned n = 0; n < kOpCount; ++n) set.set(op_info(static_cast<Op>(n)).feature);
     for (Feature feature :
-         {Feature::kLongMode, Feature::kPae,         Feature::kPse,        Feature::kPse36,
-          Feature::kPge,      Feature::kPat,         Feature::kMtrr,       Feature::kNx,
-          Feature::kPage1Gb,  Feature::kSmep,        Feature::kSmap,       Feature::kUmip,
-          Feature::kPcid,     Feature::kLa57,        Feature::kX2apic,     Feature::kTscDeadline,
-          Feature::kTscAdjust, Feature::kArat,       Feature::kDe,         Feature::kVme,
-          Feature::kApic,     Feature::kMce,         Feature::kMca,        Feature::kErms,
-          Feature::kFsrm,     Feature::kNotVulnerable, Feature::kKvmClock, Feature::kHypercall}) {
+         {Feature::kLongMode,  Feature::kPae,           Feature::kPse,      Feature::kPse36,
+          Feature::kPge,       Feature::kPat,           Feature::kMtrr,     Feature::kNx,
+          Feature::kPage1Gb,   Feature::kSmep,          Feature::kSmap,     Feature::kUmip,
+          Feature::kPcid,      Feature::kLa57,          Feature::kX2apic,   Feature::kTscDeadline,
+          Feature::kTscAdjust, Feature::kArat,          Feature::kDe,       Feature::kVme,
+          Feature::kApic,      Feature::kMce,           Feature::kMca,      Feature::kErms,
+          Feature::kFsrm,      Feature::kNotVulnerable, Feature::kKvmClock, Feature::kHypercall}) {
         set.set(feature);
     }
     set.set(Feature::kPku, false);

@@ -1,16 +1,18 @@
 // Task state segments: inner stacks, I/O and redirection bitmaps, and hardware task switches
 // (SDM 3A, chapter 7).
 //
-// A task switch is checked before anything changes: both TSSs are read or probed first. From the point
-// where TR is loaded, faults belong to the new task (SDM 3A, 7.3, steps 11 and 12): they are raised
-// with fault.trap set, so that the new task's EIP is kept.
+// A task switch is checked before anything changes: both TSSs are read or probed first. From the
+// point where TR is loaded, faults belong to the new task (SDM 3A, 7.3, steps 11 and 12): they are
+// raised with fault.trap set, so that the new task's EIP is kept.
 #include "soft/descriptors.hpp"
 #include "soft/paging.hpp"
 
 namespace polyvisor::soft {
 namespace {
 
-bool tss_is_wide(const Segment& tr) { return tr.type() & 8; }
+bool tss_is_wide(const Segment& tr) {
+    return tr.type() & 8;
+}
 
 }  // namespace
 
@@ -19,7 +21,8 @@ bool inner_stack(VcpuFrame& f, u8 cpl, u32 ext, u16& ss, u32& esp) {
     if (tss_is_wide(f.tr)) {
         u32 offset = 4 + cpl * 8u;
         if (offset + 5 > f.tr.limit) return raise(f, kTs, tr_error);
-        return read_system(f, f.tr.base + offset, esp) && read_system(f, f.tr.base + offset + 4, ss);
+        return read_system(f, f.tr.base + offset, esp) &&
+               read_system(f, f.tr.base + offset + 4, ss);
     }
     u32 offset = 2 + cpl * 4u;
     if (offset + 3 > f.tr.limit) return raise(f, kTs, tr_error);

@@ -1,7 +1,8 @@
-// A machine for tests of privileged behaviour: any mode, any CPL, one instruction or a small program.
+// A machine for tests of privileged behaviour: any mode, any CPL, one instruction or a small
+// program.
 //
-// Every interrupt vector has a handler of its own that is a single HLT, so a test runs something and
-// sees from RIP which vector was taken, and from the stack what was pushed. Memory is 16 MiB,
+// Every interrupt vector has a handler of its own that is a single HLT, so a test runs something
+// and sees from RIP which vector was taken, and from the stack what was pushed. Memory is 16 MiB,
 // identity-mapped in every paging format; the second 2 MiB (kPages) are mapped by 4 KiB pages that
 // tests may change.
 #pragma once
@@ -180,7 +181,8 @@ struct Machine {
     /// The vector whose handler the CPU halted in; -1 elsewhere.
     static int vector_of(const CpuState& s) {
         u64 at = s.segments[kCs].base + s.rip - 1;
-        if (s.activity != Activity::kHalted || at < kHandlers || at >= kHandlers + 0x1000) return -1;
+        if (s.activity != Activity::kHalted || at < kHandlers || at >= kHandlers + 0x1000)
+            return -1;
         return static_cast<int>((at - kHandlers) / 16);
     }
 
@@ -232,8 +234,8 @@ inline void Machine::build_tables() {
     for (unsigned n = 0; n < 256; ++n) {
         put<u8>(kHandlers + n * 16, 0xf4);
         put<u32>(n * 4, static_cast<u32>((kHandlers >> 4) << 16 | n * 16));
-        set_gate(static_cast<u8>(n), gate(handler_cs(), static_cast<u32>(kHandlers + n * 16), 14,
-                                          n == 0x80 ? 3 : 0));
+        set_gate(static_cast<u8>(n),
+                 gate(handler_cs(), static_cast<u32>(kHandlers + n * 16), 14, n == 0x80 ? 3 : 0));
     }
     if (ia32e()) {
         put<u64>(kTss + 4, kStack0);
@@ -295,7 +297,9 @@ inline void Machine::build_state() {
     }
     u16 data = cpl == 3 ? kDsUser : cpl == 1 ? kDs1 : kDs32;
     u16 code = mode == Mode::kLong ? (cpl == 3 ? kCs64User : kCs64)
-                                   : (cpl == 3 ? kCs32User : cpl == 1 ? kCs1 : kCs32);
+                                   : (cpl == 3   ? kCs32User
+                                      : cpl == 1 ? kCs1
+                                                 : kCs32);
     if (mode == Mode::kProtected16) code = kCs16, data = kDs16;
     for (unsigned n : {kEs, kDs, kFs, kGs, kSs}) segment(n, data);
     segment(kCs, code);
@@ -303,7 +307,9 @@ inline void Machine::build_state() {
 }
 
 /// Linear address of the 4 KiB pages: 32-bit paging maps them above the identity map.
-inline u64 pages_base(const Machine& m) { return m.ia32e() ? kPages : 0x1000000; }
+inline u64 pages_base(const Machine& m) {
+    return m.ia32e() ? kPages : 0x1000000;
+}
 
 /// What one instruction came to.
 struct Outcome {

@@ -186,7 +186,8 @@ void breakpoints() {
         {"instruction, global", BYTES("\x90\x90\xf4"), kCode + 1, 2, 1, 1},
         {"instruction, off", BYTES("\x90\x90\xcd\x80"), kCode + 1, 0, 4, 0x80},
         {"write of 4", BYTES("\x89\x07\x90\xf4"), kData, 0xd0001, 2, 1},
-        {"read does not trip a write breakpoint", BYTES("\x8b\x07\xcd\x80"), kData, 0xd0001, 4, 0x80},
+        {"read does not trip a write breakpoint", BYTES("\x8b\x07\xcd\x80"), kData, 0xd0001, 4,
+         0x80},
         {"read trips a read/write breakpoint", BYTES("\x8b\x07\x90\xf4"), kData, 0xf0001, 2, 1},
         {"one byte inside", BYTES("\x88\x47\x03\x90\xf4"), kData, 0xd0001, 3, 1},
         {"one byte after", BYTES("\x88\x47\x04\xcd\x80"), kData, 0xd0001, 5, 0x80},
@@ -220,6 +221,16 @@ void breakpoints() {
     Outcome o = run_to_handler(warm, BYTES("\x89\x07\x0f\x23\xc0\x0f\x23\xfa\x89\x07\x90\xf4"), 20);
     CHECK_EQ(o.vector, 1);
     CHECK_EQ(o.rip, kCode + 10);
+    // I/O breakpoints need CR4.DE.
+    for (bool de : {true, false}) {
+        Machine io(Mode::kLong);
+        io.state.dr[0] = 0x80;
+        io.state.dr7 = 0x20401;
+        if (de) io.state.cr4 |= bit(3);
+        Outcome hit = run_to_handler(io, BYTES("\xe6\x80\x90\xcd\x80"), 20);
+        CHECK_EQ(hit.vector, de ? 1 : 0x80);
+        CHECK_EQ(hit.rip, kCode + (de ? 2 : 5));
+    }
     // General detect goes off in the handler.
     Machine detect(Mode::kLong);
     detect.state.dr7 = 0x2400;

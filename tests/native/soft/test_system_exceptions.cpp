@@ -1,5 +1,5 @@
-// Which exception an instruction raises in which mode: vector, error code, pushed frame, CR2. One row
-// per case.
+// Which exception an instruction raises in which mode: vector, error code, pushed frame, CR2. One
+// row per case.
 #include "system_machine.hpp"
 
 using namespace pvtest;
@@ -50,8 +50,8 @@ void check_cases(Mode mode, unsigned cpl, std::initializer_list<Case> cases) {
             }
         }
         if (failures != before_failures) {
-            std::fprintf(stderr, "  ... %s, CPL %u: %s (vector %d error %#llx)\n", name_of(mode), cpl,
-                         c.name, o.vector, static_cast<unsigned long long>(o.error));
+            std::fprintf(stderr, "  ... %s, CPL %u: %s (vector %d error %#llx)\n", name_of(mode),
+                         cpl, c.name, o.vector, static_cast<unsigned long long>(o.error));
         }
     }
 }
@@ -82,11 +82,16 @@ void common_cases(Mode mode, unsigned cpl) {
             {"int3", BYTES("\xcc"), user ? 13 : 3, user ? 3 * 8 + 2 : kNoError, {}, !user},
             {"int1", BYTES("\xf1"), 1, kNoError, {}, true},
             {"int 0x80 (DPL 3)", BYTES("\xcd\x80"), 0x80, kNoError, {}, true},
-            {"int 0x40 (DPL 0)", BYTES("\xcd\x40"), user ? 13 : 0x40, user ? 0x202 : kNoError, {},
+            {"int 0x40 (DPL 0)",
+             BYTES("\xcd\x40"),
+             user ? 13 : 0x40,
+             user ? 0x202 : kNoError,
+             {},
              !user},
             {"int with an absent gate", BYTES("\xcd\x41"), 11, 0x41 * 8 + 2,
              [](Machine& m) {
-                 m.set_gate(0x41, gate(m.handler_cs(), static_cast<u32>(kHandlers), 14, 3, 0, false));
+                 m.set_gate(0x41,
+                            gate(m.handler_cs(), static_cast<u32>(kHandlers), 14, 3, 0, false));
              }},
             {"int with a wrong gate type", BYTES("\xcd\x41"), 13, 0x41 * 8 + 2,
              [](Machine& m) { m.set_gate(0x41, gate(m.handler_cs(), 0, 2, 3)); }},
@@ -153,7 +158,8 @@ void common_cases(Mode mode, unsigned cpl) {
             {"ds = a TSS", BYTES("\x8e\xd8"), 13, kTr, set_reg(kRax, kTr)},
             {"ds = execute-only code", BYTES("\x8e\xd8"), 13, kExecuteOnly,
              set_reg(kRax, kExecuteOnly)},
-            {"ds = conforming code", BYTES("\x8e\xd8"), kNone, kNoError, set_reg(kRax, kConforming)},
+            {"ds = conforming code", BYTES("\x8e\xd8"), kNone, kNoError,
+             set_reg(kRax, kConforming)},
             {"ds = ring 0 data", BYTES("\x8e\xd8"), user ? 13 : kNone, user ? kDs32 : kNoError,
              set_reg(kRax, kDs32)},
             {"ds = ring 0 data with RPL 3", BYTES("\x8e\xd8"), 13, kDs32, set_reg(kRax, kDs32 | 3)},
@@ -180,8 +186,7 @@ void common_cases(Mode mode, unsigned cpl) {
             {"rsm", BYTES("\x0f\xaa"), 6},
             {"lock nop", BYTES("\xf0\x90"), 6},
             {"sysret", BYTES("\x0f\x07"), mode == Mode::kLong || !user ? (user ? 13 : kNone) : 13,
-             user ? 0 : kNoError,
-             [](Machine& m) { m.state.msr.efer |= 1; }},
+             user ? 0 : kNoError, [](Machine& m) { m.state.msr.efer |= 1; }},
             {"syscall without SCE", BYTES("\x0f\x05"), 6, kNoError,
              [](Machine& m) { m.state.msr.efer &= ~u64{1}; }},
             {"cr4 reserved bit", BYTES("\x0f\x22\xe0"), 13, 0, set_reg(kRax, bit(15))},
@@ -274,14 +279,15 @@ void legacy_cases() {
                  [](Machine& m) { m.state.segments[kDs] = {0, 0xfff, 0x40f7, kDsUser}; }},
                 {"above an expand-down limit", BYTES("\x8b\x80\x00\x10\x00\x00"), kNone, kNoError,
                  [](Machine& m) { m.state.segments[kDs] = {0, 0xfff, 0x40f7, kDsUser}; }},
-                {"into", BYTES("\xce"), cpl ? 13 : 4, cpl ? 4 * 8 + 2 : kNoError, set_flags(bit(11)),
-                 cpl == 0},
+                {"into", BYTES("\xce"), cpl ? 13 : 4, cpl ? 4 * 8 + 2 : kNoError,
+                 set_flags(bit(11)), cpl == 0},
                 {"into without OF", BYTES("\xce"), kNone},
                 {"bound", BYTES("\x62\x08"), 5, kNoError,
                  both(set_reg(kRax, kData), set_reg(kRcx, 7))},
                 {"far jump to null", BYTES("\xea\0\0\0\0\0\0"), 13, 0},
                 {"far jump to data", BYTES("\xea\0\0\0\0\x10\0"), 13, kDs32},
-                {"far jump to absent code", BYTES("\xea\0\0\0\0\x70\0"), cpl ? 13 : 11, kAbsentCode},
+                {"far jump to absent code", BYTES("\xea\0\0\0\0\x70\0"), cpl ? 13 : 11,
+                 kAbsentCode},
                 {"far jump to conforming code", BYTES("\xea\0\x80\0\0\x68\0"), kNone},
                 {"far jump to ring 3 code", BYTES("\xea\0\x80\0\0\x23\0"), cpl ? kNone : 13,
                  cpl ? kNoError : 0x20},
@@ -298,59 +304,55 @@ void legacy_cases() {
 }
 
 void real_cases() {
-    check_cases(Mode::kReal, 0,
-                {
-                    {"ud2", BYTES("\x0f\x0b"), 6},
-                    {"int 0x21", BYTES("\xcd\x21"), 0x21, kNoError, {}, true},
-                    {"int 0x21 with IF", BYTES("\xcd\x21"), 0x21, kNoError, set_flags(bit(9)), true},
-                    {"int3", BYTES("\xcc"), 3, kNoError, {}, true},
-                    {"div by zero", BYTES("\xf7\xf1"), 0, kNoError, set_reg(kRcx, 0)},
-                    {"word at the segment's end", BYTES("\x8b\x07"), 13, kNoError,
-                     set_reg(kRbx, 0xffff)},
-                    {"stack word at the segment's end", BYTES("\x8b\x46\x00"), 12, kNoError,
-                     set_reg(kRbp, 0xffff)},
-                    {"lldt", BYTES("\x0f\x00\xd0"), 6},
-                    {"arpl", BYTES("\x63\xc0"), 6},
-                    {"cli", BYTES("\xfa"), kNone},
-                    {"mov cr0", BYTES("\x0f\x22\xc0"), kNone},
-                    {"avx", BYTES("\xc5\xf8\x58\xc0"), 6, kNoError, set_cr4(bit(18))},
-                    {"wrmsr", BYTES("\x0f\x30"), kNone, kNoError, set_reg(kRcx, 0x277)},
-                });
+    check_cases(
+        Mode::kReal, 0,
+        {
+            {"ud2", BYTES("\x0f\x0b"), 6},
+            {"int 0x21", BYTES("\xcd\x21"), 0x21, kNoError, {}, true},
+            {"int 0x21 with IF", BYTES("\xcd\x21"), 0x21, kNoError, set_flags(bit(9)), true},
+            {"int3", BYTES("\xcc"), 3, kNoError, {}, true},
+            {"div by zero", BYTES("\xf7\xf1"), 0, kNoError, set_reg(kRcx, 0)},
+            {"word at the segment's end", BYTES("\x8b\x07"), 13, kNoError, set_reg(kRbx, 0xffff)},
+            {"stack word at the segment's end", BYTES("\x8b\x46\x00"), 12, kNoError,
+             set_reg(kRbp, 0xffff)},
+            {"lldt", BYTES("\x0f\x00\xd0"), 6},
+            {"arpl", BYTES("\x63\xc0"), 6},
+            {"cli", BYTES("\xfa"), kNone},
+            {"mov cr0", BYTES("\x0f\x22\xc0"), kNone},
+            {"avx", BYTES("\xc5\xf8\x58\xc0"), 6, kNoError, set_cr4(bit(18))},
+            {"wrmsr", BYTES("\x0f\x30"), kNone, kNoError, set_reg(kRcx, 0x277)},
+        });
 }
 
 void vm86_cases() {
-    check_cases(Mode::kVm86, 3,
-                {
-                    {"cli, IOPL 0", BYTES("\xfa"), 13, 0},
-                    {"cli, IOPL 3", BYTES("\xfa"), kNone, kNoError, set_flags(kIopl3)},
-                    {"sti with VME", BYTES("\xfb"), kNone, kNoError, set_cr4(1)},
-                    {"sti with VME and VIP", BYTES("\xfb"), 13, 0,
-                     both(set_cr4(1), set_flags(bit(20)))},
-                    {"pushf, IOPL 0", BYTES("\x9c"), 13, 0},
-                    {"pushf with VME", BYTES("\x9c"), kNone, kNoError, set_cr4(1)},
-                    {"pushfd with VME", BYTES("\x66\x9c"), 13, 0, set_cr4(1)},
-                    {"popf, IOPL 0", BYTES("\x9d"), 13, 0},
-                    {"iret, IOPL 0", BYTES("\xcf"), 13, 0},
-                    {"int 0x21, IOPL 0", BYTES("\xcd\x21"), 13, 0},
-                    {"int 0x21, IOPL 3, DPL 0", BYTES("\xcd\x21"), 13, 0x21 * 8 + 2,
-                     set_flags(kIopl3)},
-                    {"int 0x80, IOPL 3", BYTES("\xcd\x80"), 0x80, kNoError, set_flags(kIopl3),
-                     true},
-                    {"int 0x80, not redirected by VME", BYTES("\xcd\x80"), 0x80, kNoError,
-                     both(set_flags(kIopl3), both(set_cr4(1),
-                                                        [](Machine& m) {
-                                                            m.put<u8>(kTss + 0x88 + 0x10, 1);
-                                                        })),
-                     true},
-                    {"in", BYTES("\xec"), 13, 0, set_flags(kIopl3)},
-                    {"hlt", BYTES("\xf4"), 13, 0},
-                    {"lgdt", BYTES("\x0f\x01\x10"), 13, 0},
-                    {"lldt", BYTES("\x0f\x00\xd0"), 6},
-                    {"arpl", BYTES("\x63\xc0"), 6},
-                    {"sysenter with no CS", BYTES("\x0f\x34"), 13, 0},
-                    {"word at the segment's end", BYTES("\x8b\x07"), 13, 0, set_reg(kRbx, 0xffff)},
-                    {"mov ds", BYTES("\x8e\xd8"), kNone, kNoError, set_reg(kRax, 0x1234)},
-                });
+    check_cases(
+        Mode::kVm86, 3,
+        {
+            {"cli, IOPL 0", BYTES("\xfa"), 13, 0},
+            {"cli, IOPL 3", BYTES("\xfa"), kNone, kNoError, set_flags(kIopl3)},
+            {"sti with VME", BYTES("\xfb"), kNone, kNoError, set_cr4(1)},
+            {"sti with VME and VIP", BYTES("\xfb"), 13, 0, both(set_cr4(1), set_flags(bit(20)))},
+            {"pushf, IOPL 0", BYTES("\x9c"), 13, 0},
+            {"pushf with VME", BYTES("\x9c"), kNone, kNoError, set_cr4(1)},
+            {"pushfd with VME", BYTES("\x66\x9c"), 13, 0, set_cr4(1)},
+            {"popf, IOPL 0", BYTES("\x9d"), 13, 0},
+            {"iret, IOPL 0", BYTES("\xcf"), 13, 0},
+            {"int 0x21, IOPL 0", BYTES("\xcd\x21"), 13, 0},
+            {"int 0x21, IOPL 3, DPL 0", BYTES("\xcd\x21"), 13, 0x21 * 8 + 2, set_flags(kIopl3)},
+            {"int 0x80, IOPL 3", BYTES("\xcd\x80"), 0x80, kNoError, set_flags(kIopl3), true},
+            {"int 0x80, not redirected by VME", BYTES("\xcd\x80"), 0x80, kNoError,
+             both(set_flags(kIopl3),
+                  both(set_cr4(1), [](Machine& m) { m.put<u8>(kTss + 0x88 + 0x10, 1); })),
+             true},
+            {"in", BYTES("\xec"), 13, 0, set_flags(kIopl3)},
+            {"hlt", BYTES("\xf4"), 13, 0},
+            {"lgdt", BYTES("\x0f\x01\x10"), 13, 0},
+            {"lldt", BYTES("\x0f\x00\xd0"), 6},
+            {"arpl", BYTES("\x63\xc0"), 6},
+            {"sysenter with no CS", BYTES("\x0f\x34"), 13, 0},
+            {"word at the segment's end", BYTES("\x8b\x07"), 13, 0, set_reg(kRbx, 0xffff)},
+            {"mov ds", BYTES("\x8e\xd8"), kNone, kNoError, set_reg(kRax, 0x1234)},
+        });
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// Paging as running programs see it: every permission bit with its error code, in each format, through
-// the soft TLB. Random sequences of accesses check that no cached translation outlives what it came
-// from, nor serves a privilege it was not made for.
+// Paging as running programs see it: every permission bit with its error code, in each format,
+// through the soft TLB. Random sequences of accesses check that no cached translation outlives what
+// it came from, nor serves a privilege it was not made for.
 #include <random>
 
 #include "system_machine.hpp"
@@ -19,10 +19,10 @@ enum class Use { kRead, kWrite, kFetch };
 
 struct Case {
     const char* name;
-    u64 entry;         ///< low bits of the page's entry, with NX
+    u64 entry;  ///< low bits of the page's entry, with NX
     unsigned cpl;
     Use use;
-    int error;         ///< -1: allowed
+    int error;                        ///< -1: allowed
     u64 cr0 = 0, cr4 = 0, flags = 0;  ///< set
     u64 cr0_off = 0;
 };
@@ -63,9 +63,15 @@ Outcome access(Machine& m, Use use) {
     m.state.gpr[kRbx] = page;
     m.put<u16>(kPages, 0x80cd);
     switch (use) {
-        case Use::kRead: m.start(BYTES("\x8b\x00\x90")); break;
-        case Use::kWrite: m.start(BYTES("\x89\x00\x90")); break;
-        case Use::kFetch: m.start(BYTES("\xff\xe3\x90")); break;
+        case Use::kRead:
+            m.start(BYTES("\x8b\x00\x90"));
+            break;
+        case Use::kWrite:
+            m.start(BYTES("\x89\x00\x90"));
+            break;
+        case Use::kFetch:
+            m.start(BYTES("\xff\xe3\x90"));
+            break;
     }
     m.run(use == Use::kFetch ? 3 : 1);
     CpuState s = m.vcpu->save();
@@ -136,8 +142,9 @@ void crossing() {
     // Descriptor tables are read as the supervisor whatever the CPL: a GDT in a supervisor page
     // serves ring 3, and one in an absent page is a page fault of the supervisor's (U clear).
     Machine gdt(Mode::kLong, 3);
-    gdt.load(kPages, std::string_view(reinterpret_cast<const char*>(
-                                          gdt.memory.span(Gpa(kGdt), 0x400).data()), 0x400));
+    gdt.load(kPages,
+             std::string_view(
+                 reinterpret_cast<const char*>(gdt.memory.span(Gpa(kGdt), 0x400).data()), 0x400));
     gdt.set_page(0, kPages | 3);
     gdt.state.gdtr.base = kPages;
     gdt.state.gpr[kRax] = kDsUser;
@@ -159,7 +166,8 @@ void crossing() {
     CHECK_EQ(smap.run().reason, ExitReason::kShutdown);
 }
 
-// --- Against a model, through the soft TLB ---------------------------------------------------------------
+// --- Against a model, through the soft TLB
+// ---------------------------------------------------------------
 
 struct Model {
     bool wp, smap;
@@ -177,9 +185,9 @@ struct Model {
     }
 };
 
-// Each round: perhaps change a page (with INVLPG, or all by MOV CR3), perhaps WP, SMAP, AC or the CPL,
-// then one access. The state is edited through save()/restore() only where the guest itself could not
-// do it in one instruction; restore() flushes, so most rounds avoid it.
+// Each round: perhaps change a page (with INVLPG, or all by MOV CR3), perhaps WP, SMAP, AC or the
+// CPL, then one access. The state is edited through save()/restore() only where the guest itself
+// could not do it in one instruction; restore() flushes, so most rounds avoid it.
 PV_GUEST(touch_pages, R"(
     # rsi: commands of 8 bytes: op, page, value...; one at a time until op 0
 1:  movzbl (%rsi), %eax
@@ -245,7 +253,8 @@ PV_GUEST(page_fault_handler, R"(
 
 void random_sequences() {
     std::random_device entropy;
-    u64 seed = std::getenv("PV_SEED") ? std::strtoull(std::getenv("PV_SEED"), nullptr, 0) : entropy();
+    u64 seed =
+        std::getenv("PV_SEED") ? std::strtoull(std::getenv("PV_SEED"), nullptr, 0) : entropy();
     std::mt19937_64 random(seed);
     constexpr u64 kCommands = 0x600000, kErrors = 0x700000;
     for (int round = 0; round < 40; ++round) {
@@ -269,7 +278,8 @@ void random_sequences() {
             u32 value = 0;
             if (op > 7) op = 1 + (op & 1);
             switch (op) {
-                case 1: case 2:
+                case 1:
+                case 2:
                     if (int error = model.check(page, op == 2, false, ac); error >= 0) {
                         want.push_back(error);
                     }
@@ -278,10 +288,18 @@ void random_sequences() {
                     model.entry[page] = random() & 7;
                     value = static_cast<u32>(model.entry[page]);
                     break;
-                case 4: ac = true; break;
-                case 5: ac = false; break;
-                case 6: model.wp = !model.wp; break;
-                case 7: model.smap = !model.smap; break;
+                case 4:
+                    ac = true;
+                    break;
+                case 5:
+                    ac = false;
+                    break;
+                case 6:
+                    model.wp = !model.wp;
+                    break;
+                case 7:
+                    model.smap = !model.smap;
+                    break;
             }
             m.put<u8>(at, static_cast<u8>(op));
             m.put<u8>(at + 1, static_cast<u8>(page));

@@ -1,5 +1,5 @@
-// Far transfers that succeed: gates between rings with their stacks and parameters, returns, hardware
-// task switches, virtual-8086 mode in and out, mode changes, and the fast system calls.
+// Far transfers that succeed: gates between rings with their stacks and parameters, returns,
+// hardware task switches, virtual-8086 mode in and out, mode changes, and the fast system calls.
 #include "system_machine.hpp"
 
 using namespace pvtest;
@@ -8,10 +8,11 @@ namespace {
 
 #define BYTES(text) std::string_view(text, sizeof(text) - 1)
 
-constexpr u64 kInner = 0x7000;   // where gates lead
+constexpr u64 kInner = 0x7000;  // where gates lead
 constexpr u64 kInner2 = 0x7800;
 
-// --- Call gates -------------------------------------------------------------------------------------------
+// --- Call gates
+// -------------------------------------------------------------------------------------------
 
 // Ring 3 calls ring 0 with two parameters, which are copied; RET 8 takes them off both stacks.
 PV_GUEST(call_gate_caller, R"(
@@ -113,8 +114,8 @@ void gate_checks() {
         u16 ss;
         int vector;
     };
-    for (Stack c : {Stack{kDsUser, 10}, Stack{kReadOnly, 10}, Stack{kCs32, 10}, Stack{kAbsentStack, 12},
-                    Stack{kBeyond, 10}, Stack{0, 10}}) {
+    for (Stack c : {Stack{kDsUser, 10}, Stack{kReadOnly, 10}, Stack{kCs32, 10},
+                    Stack{kAbsentStack, 12}, Stack{kBeyond, 10}, Stack{0, 10}}) {
         Machine m(Mode::kProtected32, 3);
         m.set_gdt(kGate, gate(kCs32, kInner, 12, 3));
         m.put<u16>(kTss + 8, c.ss);
@@ -135,7 +136,8 @@ void gate_checks() {
     }
 }
 
-// --- Returns ------------------------------------------------------------------------------------------------
+// --- Returns
+// ------------------------------------------------------------------------------------------------
 
 // LRET to ring 3: data segments that ring 3 may not see become null.
 PV_GUEST(far_return_outward, R"(
@@ -239,7 +241,8 @@ void iret_long() {
     CHECK_EQ(user.vcpu->save().rflags, u64{0x244cd7 | 2});
 }
 
-// --- Tasks -------------------------------------------------------------------------------------------------------
+// --- Tasks
+// -------------------------------------------------------------------------------------------------------
 
 void build_task(Machine& m, u32 eip, u32 eflags = 2) {
     m.put<u32>(kTss2 + 0x20, eip);
@@ -303,9 +306,9 @@ void task_switches() {
     CHECK(fault.get<u32>(kTss + 0x24) & bit(16));  // RF in the image of a fault
 
     // A bad segment in the new TSS faults in the new task's context: the pushed EIP is its own.
-    for (auto [at, selector, vector] : {std::tuple{0x4c, kDs32, 10}, std::tuple{0x50, kReadOnly, 10},
-                                        std::tuple{0x54, kAbsentData, 11},
-                                        std::tuple{0x60, kDs32, 10}}) {
+    for (auto [at, selector, vector] :
+         {std::tuple{0x4c, kDs32, 10}, std::tuple{0x50, kReadOnly, 10},
+          std::tuple{0x54, kAbsentData, 11}, std::tuple{0x60, kDs32, 10}}) {
         Machine bad(Mode::kProtected32);
         build_task(bad, kInner);
         bad.put<u16>(kTss2 + at, selector);
@@ -366,7 +369,8 @@ void task_switches() {
     CHECK_EQ(o.state.dr6 & 0xe00f, bit(15));
 }
 
-// --- Virtual-8086 mode -----------------------------------------------------------------------------------------------
+// --- Virtual-8086 mode
+// -----------------------------------------------------------------------------------------------
 
 // Ring 0 enters an 8086 program by IRET; it runs, and leaves by INT 0x80.
 PV_GUEST(enter_vm86, R"(
@@ -432,7 +436,8 @@ void vm86() {
     CHECK_EQ(vme.get<u16>(stack + 4), u16{0x3202});
 }
 
-// --- Modes ----------------------------------------------------------------------------------------------------------------
+// --- Modes
+// ----------------------------------------------------------------------------------------------------------------
 
 // Protected mode to long mode: PAE, CR3, EFER.LME, CR0.PG, far jump.
 PV_GUEST(to_long_mode, R"(
@@ -489,7 +494,8 @@ void mode_changes() {
     unreal.state.gpr[kRsi] = 0x500000;
     unreal.put<u32>(0x500000, 0xfeedbeef);
     // cr0.PE=1; mov %bx,%ds; cr0.PE=0; mov (%esi),%ecx (a32 o32); hlt
-    s = unreal.finish(BYTES("\x0f\x20\xc0\x0c\x01\x0f\x22\xc0\x8e\xdb\x24\xfe\x0f\x22\xc0"
+    s =
+        unreal.finish(BYTES("\x0f\x20\xc0\x0c\x01\x0f\x22\xc0\x8e\xdb\x24\xfe\x0f\x22\xc0"
                             "\x67\x66\x8b\x0e\xf4"));
     CHECK_EQ(s.gpr[kRcx], u64{0xfeedbeef});
 
@@ -499,7 +505,8 @@ void mode_changes() {
     pae.state.cr3 = 0x17000;
     pae.put<u64>(0x17000, kPd64 | 1);
     pae.put<u64>(0x17008, 0);
-    pae.start(BYTES("\xc7\x05\x00\x70\x01\x00\x00\x00\x00\x00\xa1\x00\x00\x20\x00\x0f\x22\xd9\xf4"));
+    pae.start(
+        BYTES("\xc7\x05\x00\x70\x01\x00\x00\x00\x00\x00\xa1\x00\x00\x20\x00\x0f\x22\xd9\xf4"));
     // movl $0, 0x17000; mov 0x200000, %eax; mov %ecx, %cr3 (with RCX at bad PDPTEs); hlt
     pae.put<u64>(0x18000, 3);
     CpuState with = pae.vcpu->save();
@@ -511,7 +518,8 @@ void mode_changes() {
     CHECK_EQ(o.rip, kCode + 15);
 }
 
-// --- Fast system calls --------------------------------------------------------------------------------------------------------
+// --- Fast system calls
+// --------------------------------------------------------------------------------------------------------
 
 void fast_calls() {
     Machine m(Mode::kLong, 3);

@@ -13,6 +13,15 @@ inline u64 address64(const VcpuFrame& f, const Insn& i) {
     return f.gpr[i.base] + (f.gpr[i.index] << i.scale) + static_cast<u64>(i.disp);
 }
 
+// Not inlined: a handler with a local variable whose address is known elsewhere cannot tail-call.
+[[gnu::noinline]] bool aligned_segmented(VcpuFrame& f, const Insn& i, u64 ea, u32 size) {
+    u64 linear;
+    u64 flat = f.seg[i.segment].base + ea;  // outside 64-bit mode, alignment comes before the limit
+    if (!f.long64() && (flat & (size - 1))) return raise_gp(f);
+    if (!linear_address(f, i.segment, ea, size, false, linear)) return false;
+    return (linear & (size - 1)) == 0 || raise_gp(f);
+}
+
 }  // namespace
 
 u64 effective_address(const VcpuFrame& f, const Insn& i) {
@@ -33,6 +42,18 @@ const Uop* run_plain(const Uop* u, VcpuFrame* f) { PV_RUN_OPERATION(0); }
 const Uop* run_mem64(const Uop* u, VcpuFrame* f) { PV_RUN_OPERATION(address64(*f, o.insn)); }
 const Uop* run_mem_any(const Uop* u, VcpuFrame* f) {
     PV_RUN_OPERATION(effective_address(*f, o.insn));
+}
+
+const Uop* run_mem64_aligned(const Uop* u, VcpuFrame* f) {
+    const OpInsn& o = op_insn(u);
+    u64 ea = address64(*f, o.insn);
+    f->uop = u;
+    if (PV_UNLIKELY((ea & (u->size - 1u)) || o.insn.segment >= kFs)) {
+        if (!aligned_segmented(*f, o.insn, ea, u->size)) return leave_fault(u, f);
+    }
+    if (PV_UNLIKELY(!o.operation(*f, o.insn, ea))) return leave_fault(u, f);
+    if (PV_UNLIKELY(f->block_dead)) return leave_after(u, f);
+    PV_NEXT;
 }
 
 const Uop* run_simd_checked(const Uop* u, VcpuFrame* f) {
@@ -73,13 +94,6 @@ const Uop* check_mf(const Uop* u, VcpuFrame* f) {
         return leave_fault(u, f);
     }
     PV_NEXT;
-}
-
-// Not inlined: a handler with a local variable whose address is known elsewhere cannot tail-call.
-[[gnu::noinline]] static bool aligned_segmented(VcpuFrame& f, const Insn& i, u64 ea, u32 size) {
-    u64 linear;
-    if (!linear_address(f, i.segment, ea, size, false, linear)) return false;
-    return (linear & (size - 1)) == 0 || raise_gp(f);
 }
 
 const Uop* check_aligned(const Uop* u, VcpuFrame* f) {

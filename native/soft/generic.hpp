@@ -9,6 +9,8 @@ namespace polyvisor::soft {
 const Uop* run_plain(const Uop* u, VcpuFrame* f);     ///< none
 const Uop* run_mem64(const Uop* u, VcpuFrame* f);     ///< 64-bit address arithmetic
 const Uop* run_mem_any(const Uop* u, VcpuFrame* f);   ///< any address size
+/// 64-bit mode and address arithmetic, and #GP unless the operand is aligned to `size` bytes.
+const Uop* run_mem64_aligned(const Uop* u, VcpuFrame* f);
 /// Rows with kFpExcept while the guest's MXCSR unmasks something: any memory operand, or none.
 const Uop* run_simd_checked(const Uop* u, VcpuFrame* f);
 // The same for rows with kEndsBlock: RIP is set first, and the block is left.

@@ -143,17 +143,25 @@ void BlockBuilder::emit(const Item& item, u8 number, std::vector<Uop>& uops) {
     }
     bool aligned = insn.has_mem && ((row.attrs & kAlignedVex) ||
                                     ((row.attrs & kAligned) && !vex_encoded(row)));
+    bool checked = (row.attrs & kFpExcept) && (mode_ & kModeFpException);
+    bool code64 = static_cast<CodeSize>(mode_ & kModeCodeSize) == CodeSize::k64;
     if (aligned) {
-        u.run = check_aligned;
         u.size = static_cast<u8>(memory_size(insn));
-        if (u.size >= 16) uops.push_back(u);
+        aligned = u.size >= 16;
+    }
+    bool joined = aligned && code64 && insn.addrsize == 8 && !checked && !(row.attrs & kEndsBlock);
+    if (aligned && !joined) {
+        u.run = check_aligned;
+        uops.push_back(u);
     }
     if (row.attrs & kEndsBlock) {
         u.run = run_ending;
-    } else if ((row.attrs & kFpExcept) && (mode_ & kModeFpException)) {
+    } else if (checked) {
         u.run = run_simd_checked;
     } else if (!insn.has_mem) {
         u.run = run_plain;
+    } else if (joined) {
+        u.run = run_mem64_aligned;
     } else {
         u.run = insn.addrsize == 8 ? run_mem64 : run_mem_any;
     }

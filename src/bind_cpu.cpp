@@ -21,7 +21,8 @@ std::vector<Field> make_fields() {
     std::vector<Field> fields;
     CpuState state;
     auto add = [&](std::string name, const auto& member) {
-        auto offset = reinterpret_cast<const char*>(&member) - reinterpret_cast<const char*>(&state);
+        auto offset =
+            reinterpret_cast<const char*>(&member) - reinterpret_cast<const char*>(&state);
         fields.push_back({std::move(name), static_cast<std::size_t>(offset), sizeof member});
     };
     static const char* const kGprs[16] = {"rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
@@ -80,7 +81,8 @@ const Field& field(const std::string& name) {
     }();
     auto at = index.find(name);
     if (at == index.end()) {
-        throw StateError(name, "there is no register '" + name + "'; CpuState.names() has them all");
+        throw StateError(name,
+                         "there is no register '" + name + "'; CpuState.names() has them all");
     }
     return *at->second;
 }
@@ -179,12 +181,15 @@ void bind_cpu(py::module_& module) {
         .def("__setitem__", &set)
         .def("__eq__", [](const CpuState& a, const CpuState& b) { return a == b; })
         .def("copy", [](const CpuState& state) { return state; })
-        .def("segment", [](CpuState& state, const std::string& name) { return segment(state, name); })
+        .def("segment",
+             [](CpuState& state, const std::string& name) { return segment(state, name); })
         .def("set_segment", [](CpuState& state, const std::string& name,
                                const Segment& value) { segment(state, name) = value; })
         .def_property(
             "activity",
-            [](const CpuState& state) { return kActivities[static_cast<unsigned>(state.activity)]; },
+            [](const CpuState& state) {
+                return kActivities[static_cast<unsigned>(state.activity)];
+            },
             [](CpuState& state, const std::string& name) { state.activity = activity(name); })
         .def_readwrite("interrupt_shadow", &CpuState::interrupt_shadow)
         .def_readwrite("nmi_blocked", &CpuState::nmi_blocked)

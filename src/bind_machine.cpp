@@ -19,10 +19,14 @@ using Release = py::call_guard<py::gil_scoped_release>;
 const char* state(const PyMachine& self) {
     if (self.closed()) return "closed";
     switch (self.core()->machine().phase()) {
-        case Phase::kCreated: return "created";
-        case Phase::kRunning: return "running";
-        case Phase::kPaused: return "paused";
-        case Phase::kEnded: break;
+        case Phase::kCreated:
+            return "created";
+        case Phase::kRunning:
+            return "running";
+        case Phase::kPaused:
+            return "paused";
+        case Phase::kEnded:
+            break;
     }
     return "ended";
 }
@@ -218,8 +222,8 @@ void bind_machine(py::module_& module) {
         .def_property_readonly("parts", [](const Snapshot& s) {
             py::dict parts;
             for (const auto& part : s.parts) {
-                parts[part.name.c_str()] = py::bytes(
-                    reinterpret_cast<const char*>(part.state.data()), part.state.size());
+                parts[part.name.c_str()] =
+                    py::bytes(reinterpret_cast<const char*>(part.state.data()), part.state.size());
             }
             return parts;
         });
@@ -245,19 +249,24 @@ void bind_machine(py::module_& module) {
              py::arg("cpu_model") = "host", py::arg("deterministic") = false,
              py::arg("tsc_khz") = 1'000'000, py::arg("ns_per_1000_instructions") = 1000,
              py::arg("serial_ports") = 2, py::arg("name") = "machine")
-        .def_property_readonly("memory", [](const PyMachine& m) { return m.core()->machine().memory(); })
+        .def_property_readonly("memory",
+                               [](const PyMachine& m) { return m.core()->machine().memory(); })
         .def_property_readonly("engine", &PyMachine::engine)
         .def_property_readonly("state", &state)
         .def_property_readonly("now", &PyMachine::now)
         .def_property_readonly("exception", &PyMachine::exception)
         .def_property_readonly("stop_info", &PyMachine::stop_info)
 
-        .def("start", [](const PyMachine& m) { unlocked(m, [](Machine& machine) { machine.start(); }); })
-        .def("pause", [](const PyMachine& m) { unlocked(m, [](Machine& machine) { machine.pause(); }); })
-        .def("resume", [](const PyMachine& m) { unlocked(m, [](Machine& machine) { machine.resume(); }); })
-        .def("stop", [](const PyMachine& m) {
-            if (!m.closed()) unlocked(m, [](Machine& machine) { machine.stop(); });
-        })
+        .def("start",
+             [](const PyMachine& m) { unlocked(m, [](Machine& machine) { machine.start(); }); })
+        .def("pause",
+             [](const PyMachine& m) { unlocked(m, [](Machine& machine) { machine.pause(); }); })
+        .def("resume",
+             [](const PyMachine& m) { unlocked(m, [](Machine& machine) { machine.resume(); }); })
+        .def("stop",
+             [](const PyMachine& m) {
+                 if (!m.closed()) unlocked(m, [](Machine& machine) { machine.stop(); });
+             })
         .def("close", &PyMachine::close)
         .def("wait", &wait, py::arg("timeout") = py::none())
         .def(
@@ -305,11 +314,11 @@ void bind_machine(py::module_& module) {
             },
             py::arg("gpa"), py::arg("size"), py::arg("device"), py::arg("base") = 0)
         .def(
-            "remove_port_device", [](const PyMachine& m, u64 port) { remove_device(m, true, port); },
-            py::arg("port"))
+            "remove_port_device",
+            [](const PyMachine& m, u64 port) { remove_device(m, true, port); }, py::arg("port"))
         .def(
-            "remove_memory_device", [](const PyMachine& m, u64 gpa) { remove_device(m, false, gpa); },
-            py::arg("gpa"))
+            "remove_memory_device",
+            [](const PyMachine& m, u64 gpa) { remove_device(m, false, gpa); }, py::arg("gpa"))
         .def(
             "irq",
             [](const PyMachine& m, unsigned gsi) {
@@ -322,9 +331,10 @@ void bind_machine(py::module_& module) {
                 return std::make_unique<PyTimer>(m.core(), callback);
             },
             py::arg("callback"))
-        .def("power_button", [](const PyMachine& m) {
-            unlocked(m, [](Machine& machine) { machine.pc().acpi().press_power_button(); });
-        })
+        .def("power_button",
+             [](const PyMachine& m) {
+                 unlocked(m, [](Machine& machine) { machine.pc().acpi().press_power_button(); });
+             })
 
         .def("snapshot",
              [](const PyMachine& m) {

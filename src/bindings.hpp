@@ -1,5 +1,5 @@
-// What the binding files share: the bind_ functions, how native code holds the GIL, and how Python's
-// buffers and timeouts arrive.
+// What the binding files share: the bind_ functions, how native code holds the GIL, and how
+// Python's buffers and timeouts arrive.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -67,8 +67,8 @@ bool wait_interruptibly(std::optional<double> timeout, Step step) {
     for (;;) {
         auto slice = kSlice;
         if (limited) {
-            slice = std::clamp<RunControl::Duration>(end - Clk::now(), RunControl::Duration(0),
-                                                     kSlice);
+            slice =
+                std::clamp<RunControl::Duration>(end - Clk::now(), RunControl::Duration(0), kSlice);
         }
         bool done;
         {

@@ -1,5 +1,5 @@
-// What all Python objects of one machine share: the machine, the devices and timers that are written
-// in Python, and the first exception that came out of one of them.
+// What all Python objects of one machine share: the machine, the devices and timers that are
+// written in Python, and the first exception that came out of one of them.
 #pragma once
 
 #include <map>

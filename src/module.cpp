@@ -1,4 +1,5 @@
-// polyvisor._native: the table of contents. Each bind_<topic>.cpp converts one topic and nothing else.
+// polyvisor._native: the table of contents. Each bind_<topic>.cpp converts one topic and nothing
+// else.
 #include "bindings.hpp"
 #include "machine/engines.hpp"
 #include "machine/pc.hpp"
@@ -6,7 +7,8 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_native, module) {
-    module.doc() = "The C++ core of polyvisor; polyvisor.Machine is the interface meant for people.";
+    module.doc() =
+        "The C++ core of polyvisor; polyvisor.Machine is the interface meant for people.";
     module.attr("__version__") = PV_VERSION;
     module.def("engines", [] {
         py::list result;
@@ -17,7 +19,8 @@ PYBIND11_MODULE(_native, module) {
     });
     module.def("pc_layout", [] {
         py::dict result;
-        for (const auto& [name, value] : polyvisor::PcLayout::values()) result[name.c_str()] = value;
+        for (const auto& [name, value] : polyvisor::PcLayout::values())
+            result[name.c_str()] = value;
         return result;
     });
     polyvisor::python::bind_errors(module);

@@ -19,7 +19,9 @@ PyObject* method(const py::object& object, const char* name) {
 
 }  // namespace
 
-void Gil::keep_thread_state() { keep_wanted = true; }
+void Gil::keep_thread_state() {
+    keep_wanted = true;
+}
 
 void Gil::drop_thread_state() {
     keep_wanted = false;
@@ -38,7 +40,9 @@ Gil::Gil() {
     state_ = PyGILState_Ensure();
 }
 
-Gil::~Gil() { PyGILState_Release(state_); }
+Gil::~Gil() {
+    PyGILState_Release(state_);
+}
 
 Core::Core(MachineConfig config) {
     config.log = [this](std::string_view line) {
@@ -144,8 +148,8 @@ void PyDevice::read(u64 offset, std::span<u8> data) {
                              PyLong_FromSize_t(data.size())};
         PyObject* result = nullptr;
         if (PV_LIKELY(args[1] != nullptr && args[2] != nullptr)) {
-            result = PyObject_Vectorcall(read_, args + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET,
-                                         nullptr);
+            result =
+                PyObject_Vectorcall(read_, args + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
         }
         Py_XDECREF(args[1]);
         Py_XDECREF(args[2]);
@@ -192,8 +196,8 @@ void PyDevice::write(u64 offset, std::span<const u8> data) {
                              PyLong_FromSize_t(data.size()), number};
         PyObject* result = nullptr;
         if (PV_LIKELY(args[1] != nullptr && args[2] != nullptr && number != nullptr)) {
-            result = PyObject_Vectorcall(write_, args + 1, 3 | PY_VECTORCALL_ARGUMENTS_OFFSET,
-                                         nullptr);
+            result =
+                PyObject_Vectorcall(write_, args + 1, 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
         }
         for (PyObject* arg : args) Py_XDECREF(arg);
         Py_XDECREF(result);
@@ -253,7 +257,9 @@ PyTimer::PyTimer(std::shared_ptr<Core> core, py::object callback)
     core_->timers_.insert(this);
 }
 
-PyTimer::~PyTimer() { release(); }
+PyTimer::~PyTimer() {
+    release();
+}
 
 Timer& PyTimer::timer() {
     if (!timer_) throw StateMismatch("the machine of this timer is closed");

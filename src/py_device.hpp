@@ -31,7 +31,7 @@ class PyDevice final : public Device {
     Core& core_;
     std::string name_;
     py::object object_;
-    PyObject* read_ = nullptr;   // bound methods, nullptr for none
+    PyObject* read_ = nullptr;  // bound methods, nullptr for none
     PyObject* write_ = nullptr;
     mutable std::recursive_mutex mutex_;  // before the GIL
 };

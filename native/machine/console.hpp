@@ -1,5 +1,5 @@
-// What is plugged into a serial port: everything it ever sent (up to a limit), for readers that wait,
-// and a queue of what is to be typed at it.
+// What is plugged into a serial port: everything it ever sent (up to a limit), for readers that
+// wait, and a queue of what is to be typed at it.
 #pragma once
 
 #include <condition_variable>

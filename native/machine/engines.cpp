@@ -58,8 +58,8 @@ const Row kEngines[] = {
 };
 
 #ifdef PV_HAVE_SOFT
-// The soft engine without its specialised handlers: what tests compare it with. Never chosen by auto,
-// and not listed.
+// The soft engine without its specialised handlers: what tests compare it with. Never chosen by
+// auto, and not listed.
 const Row kReference = {"soft-reference", probe_soft, [] { return soft::implemented_features(); },
                         [](const EngineConfig& config) {
                             EngineConfig reference = config;
@@ -96,7 +96,9 @@ std::vector<EngineStatus> engines() {
     return result;
 }
 
-FeatureSet engine_features(const std::string& name) { return choose(name).features(); }
+FeatureSet engine_features(const std::string& name) {
+    return choose(name).features();
+}
 
 std::unique_ptr<Engine> create_engine(const std::string& name, const EngineConfig& config) {
     return choose(name).create(config);

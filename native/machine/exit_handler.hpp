@@ -34,7 +34,8 @@ enum class Next : u8 {
 };
 
 /// Decides what to do after `exit` of vCPU `cpu`. For reads, fills exit.data with what the guest
-/// gets: all ones from addresses that nobody claims, zero from an unknown MSR. Sets `stop` with kEnd.
+/// gets: all ones from addresses that nobody claims, zero from an unknown MSR. Sets `stop` with
+/// kEnd.
 Next handle_exit(Exit& exit, u32 cpu, Log& log, StopInfo& stop);
 
 }  // namespace polyvisor

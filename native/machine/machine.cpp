@@ -13,10 +13,14 @@ thread_local const Machine* own_machine = nullptr;
 
 const char* to_string(RunControl::Phase phase) {
     switch (phase) {
-        case RunControl::Phase::kCreated: return "not started";
-        case RunControl::Phase::kRunning: return "running";
-        case RunControl::Phase::kPaused: return "paused";
-        case RunControl::Phase::kEnded: return "at its end";
+        case RunControl::Phase::kCreated:
+            return "not started";
+        case RunControl::Phase::kRunning:
+            return "running";
+        case RunControl::Phase::kPaused:
+            return "paused";
+        case RunControl::Phase::kEnded:
+            return "at its end";
     }
     return "?";
 }
@@ -32,8 +36,8 @@ Machine::Machine(MachineConfig config)
       control_(config_.cpus, [this] { kick(); }) {
     if (config_.cpus == 0) throw ConfigError("cpus", "a machine needs at least one CPU");
     if (config_.deterministic && config_.cpus != 1) {
-        throw ConfigError("cpus", "deterministic mode runs one CPU, not " +
-                                      std::to_string(config_.cpus));
+        throw ConfigError("cpus",
+                          "deterministic mode runs one CPU, not " + std::to_string(config_.cpus));
     }
     clock_.set_tsc_khz(config_.tsc_khz);
     clock_.pause();  // until start()
@@ -63,8 +67,8 @@ Machine::Machine(MachineConfig config)
     engine.log = &log_;
     engine.deterministic = config_.deterministic;
     engine.ns_per_1000_instructions = config_.ns_per_1000_instructions;
-    engine_ = config_.make_engine ? config_.make_engine(engine)
-                                  : create_engine(config_.engine, engine);
+    engine_ =
+        config_.make_engine ? config_.make_engine(engine) : create_engine(config_.engine, engine);
     if (config_.deterministic && !engine_->caps().deterministic) {
         throw ConfigError("deterministic", std::string("engine ") + engine_->name() +
                                                " has no deterministic mode; take engine soft");
@@ -154,7 +158,9 @@ void Machine::resume() {
     if (!control_.resume()) wrong_phase("paused");
 }
 
-void Machine::request_end(StopInfo info) { control_.end(std::move(info)); }
+void Machine::request_end(StopInfo info) {
+    control_.end(std::move(info));
+}
 
 void Machine::stop() {
     request_end({StopReason::kStopped, 0, "", 0});
@@ -213,7 +219,8 @@ void Machine::step(u32 index, u64 instructions) {
         start_loop();
     }
     if (!engine_->caps().instruction_budget) {
-        throw StateMismatch(std::string("engine ") + engine_->name() + " cannot count instructions");
+        throw StateMismatch(std::string("engine ") + engine_->name() +
+                            " cannot count instructions");
     }
     note_views();
     Vcpu& vcpu = *vcpus_[index];
@@ -236,7 +243,9 @@ void Machine::nmi(u32 index) {
     vcpus_[index]->nmi();
 }
 
-bool Machine::on_own_thread() const { return own_machine == this; }
+bool Machine::on_own_thread() const {
+    return own_machine == this;
+}
 
 void Machine::check_index(u32 index) const {
     if (index >= vcpus_.size()) {

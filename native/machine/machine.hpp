@@ -1,8 +1,8 @@
 // A whole machine: who owns what, and the orders that start and end it. The work is done elsewhere:
 // the chips are in pc.hpp, the threads in vcpu_thread.hpp, whether they may run in run_control.hpp.
 //
-// Lock order: lifecycle_mutex_ is taken first and never inside a device; everything that a device may
-// call (request_end, now, console) does without it.
+// Lock order: lifecycle_mutex_ is taken first and never inside a device; everything that a device
+// may call (request_end, now, console) does without it.
 #pragma once
 
 #include <memory>
@@ -76,7 +76,8 @@ class Machine {
     bool wait(Duration timeout = kForever);
     StopInfo stop_info() const { return control_.stop_info(); }
 
-    /// A vCPU to look into. Throws StateMismatch unless it stands still, ConfigError for a bad index.
+    /// A vCPU to look into. Throws StateMismatch unless it stands still, ConfigError for a bad
+    /// index.
     Vcpu& vcpu(u32 index);
     /// Runs `instructions` of one vCPU on the calling thread (fewer if the machine ends). Throws
     /// StateMismatch unless created or paused.

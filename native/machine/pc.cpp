@@ -82,8 +82,8 @@ Pc::Pc(const PcConfig& config, Clock& clock, Bus& pio, Bus& mmio, Log& log,
     debug_console_ = std::make_shared<devices::DebugConsole>(clock, debug_output_.get());
     claim(pio, PcLayout::kDebugConsole, 1, debug_console_);
     claim(pio, PcLayout::kDebugExit, 4, std::make_shared<devices::DebugExit>([end](u32 status) {
-                   end({StopReason::kDebugExit, status, "", 0});
-               }));
+              end({StopReason::kDebugExit, status, "", 0});
+          }));
 
     acpi_ = std::make_shared<devices::AcpiPm>(clock, line(PcLayout::kSciGsi),
                                               [end] { end({StopReason::kPowerOff, 0, "", 0}); });
@@ -100,7 +100,7 @@ Pc::Pc(const PcConfig& config, Clock& clock, Bus& pio, Bus& mmio, Log& log,
     config_ports_ = std::make_shared<pci::ConfigPorts>(*host_bridge_, reset_control_);
     claim(pio, PcLayout::kPciConfig, 8, config_ports_);
     claim(mmio, PcLayout::kEcam, pci::HostBridge::kEcamSize,
-                std::make_shared<pci::Ecam>(*host_bridge_));
+          std::make_shared<pci::Ecam>(*host_bridge_));
     for (unsigned pin = 0; pin < PcLayout::kPciIrqs.size(); ++pin) {
         router_.route_pci(16 + pin, PcLayout::kPciIrqs[pin]);
     }

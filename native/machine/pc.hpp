@@ -1,4 +1,5 @@
-// The chips of a PC and where they sit. Nothing here decides anything: it builds, wires and attaches.
+// The chips of a PC and where they sit. Nothing here decides anything: it builds, wires and
+// attaches.
 #pragma once
 
 #include <functional>
@@ -76,8 +77,8 @@ class Pc {
     const std::shared_ptr<SerialConsole>& console(unsigned port) { return consoles_[port]; }
     const std::shared_ptr<SerialConsole>& debug_console() { return debug_output_; }
 
-    /// What firmware leaves behind: PCI devices placed, the 8259s wired through the boot CPU's LINT0.
-    /// Once, before the machine first runs.
+    /// What firmware leaves behind: PCI devices placed, the 8259s wired through the boot CPU's
+    /// LINT0. Once, before the machine first runs.
     void finish_wiring();
     /// Passes on all output that chips still collect.
     void flush();

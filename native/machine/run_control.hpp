@@ -4,8 +4,8 @@
 //     created --start--> running <--pause/resume--> paused
 //         \_________________\______end______________/--> ended
 //
-// The end is final, the first one counts, and it may be asked for from any thread, also from a device
-// inside a vCPU's own run().
+// The end is final, the first one counts, and it may be asked for from any thread, also from a
+// device inside a vCPU's own run().
 #pragma once
 
 #include <atomic>
@@ -49,8 +49,8 @@ class RunControl {
     // For the vCPU threads.
     /// Returns true when the guest may run, false when the machine has ended; blocks while paused.
     bool enter();
-    /// CPU `cpu` has just halted with interrupts off. Ends the machine if every other CPU is dormant
-    /// too: asks them all to leave the guest and report() (only they can tell).
+    /// CPU `cpu` has just halted with interrupts off. Ends the machine if every other CPU is
+    /// dormant too: asks them all to leave the guest and report() (only they can tell).
     void halted(u32 cpu);
     /// Whether halted() waits for reports.
     bool wants_reports() const { return checking_.load(std::memory_order_relaxed); }
@@ -71,8 +71,8 @@ class RunControl {
     mutable std::condition_variable changed_;
     Phase phase_ = Phase::kCreated;
     unsigned threads_;
-    unsigned alive_ = 0;   // started and not finished
-    unsigned inside_ = 0;  // alive and not parked
+    unsigned alive_ = 0;         // started and not finished
+    unsigned inside_ = 0;        // alive and not parked
     std::vector<bool> dormant_;  // CPUs that reported so since the last halted()
     std::atomic<bool> checking_{false};
     StopInfo stop_;

@@ -28,9 +28,15 @@ void run_loop(Vcpu& vcpu, RunControl& control, ExitCounters& counters, Log& log)
                 case Next::kRun:
                     if (control.wants_reports()) control.report(cpu, is_dormant(vcpu));
                     break;
-                case Next::kHalted: control.halted(cpu); break;
-                case Next::kPause: control.request_pause(); break;
-                case Next::kEnd: control.end(std::move(stop)); break;
+                case Next::kHalted:
+                    control.halted(cpu);
+                    break;
+                case Next::kPause:
+                    control.request_pause();
+                    break;
+                case Next::kEnd:
+                    control.end(std::move(stop));
+                    break;
             }
         }
     } catch (const std::exception& error) {

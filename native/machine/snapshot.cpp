@@ -74,8 +74,7 @@ std::vector<u64> region_sizes(Machine& machine) {
     return sizes;
 }
 
-void check_shape(Machine& machine, const Snapshot& snapshot,
-                 const std::vector<Pc::Part>& parts) {
+void check_shape(Machine& machine, const Snapshot& snapshot, const std::vector<Pc::Part>& parts) {
     if (snapshot.region_sizes != region_sizes(machine)) {
         throw StateError("memory", "the snapshot is of a machine with other memory");
     }
@@ -100,16 +99,14 @@ void check_shape(Machine& machine, const Snapshot& snapshot,
 }
 
 // Applies the parts' and then the CPUs' states; when one refuses, undoes what was done.
-void restore_parts(Machine& machine, const std::vector<Pc::Part>& parts,
-                   const Snapshot& snapshot) {
+void restore_parts(Machine& machine, const std::vector<Pc::Part>& parts, const Snapshot& snapshot) {
     std::vector<std::function<void()>> undo;
     try {
         for (std::size_t i = 0; i < parts.size(); ++i) {
             auto before = parts[i].save();
             parts[i].restore(snapshot.parts[i].state);
-            undo.push_back([&part = parts[i], before = std::move(before)] {
-                part.restore(before);
-            });
+            undo.push_back(
+                [&part = parts[i], before = std::move(before)] { part.restore(before); });
         }
         for (u32 cpu = 0; cpu < snapshot.cpus.size(); ++cpu) {
             Vcpu& vcpu = machine.vcpu(cpu);

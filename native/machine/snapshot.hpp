@@ -1,9 +1,9 @@
-// The whole state of a machine as a value: what every CPU, chip and device saves, virtual time, and the
-// memory that was ever touched. Gathered from, and scattered into, a machine that stands still.
+// The whole state of a machine as a value: what every CPU, chip and device saves, virtual time, and
+// the memory that was ever touched. Gathered from, and scattered into, a machine that stands still.
 //
 // A snapshot fits any machine of the same shape (memory, CPUs, devices at the same addresses), on
-// either engine. Nothing in it is trusted: each part validates its own before it changes anything, and
-// when one refuses, those before it are put back.
+// either engine. Nothing in it is trusted: each part validates its own before it changes anything,
+// and when one refuses, those before it are put back.
 #pragma once
 
 #include <string>

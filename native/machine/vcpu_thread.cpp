@@ -43,6 +43,8 @@ BlockedSignals::BlockedSignals() : before_(std::make_unique<Mask>()) {
     ::pthread_sigmask(SIG_BLOCK, &all, &before_->set);
 }
 
-BlockedSignals::~BlockedSignals() { ::pthread_sigmask(SIG_SETMASK, &before_->set, nullptr); }
+BlockedSignals::~BlockedSignals() {
+    ::pthread_sigmask(SIG_SETMASK, &before_->set, nullptr);
+}
 
 }  // namespace polyvisor

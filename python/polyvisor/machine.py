@@ -15,7 +15,6 @@ from polyvisor import _native
 from polyvisor.config import EngineName, MachineConfig
 from polyvisor.console import Console
 from polyvisor.cpu import Cpu
-from polyvisor.devices import install_standard
 from polyvisor.errors import ConfigError, DeviceError, MachineTimeout, StateMismatch
 from polyvisor.memory import Memory
 
@@ -132,6 +131,8 @@ class Machine:
         #: The standard devices that are written in Python, by name ("rtc", "i8042").
         self.devices: dict[str, object] = {}
         if standard_devices:
+            from polyvisor.devices import install_standard  # not needed to import polyvisor
+
             self.devices.update(install_standard(self))
 
     # --- what it is ------------------------------------------------------------------------------

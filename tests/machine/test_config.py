@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 import polyvisor
+from polyvisor import _native
 from polyvisor.config import MachineConfig, from_dict, from_toml, host_memory, parse_size, show_size
-from polyvisor.errors import ConfigError
+from polyvisor.errors import ConfigError, EngineUnavailable
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,19 @@ def test_more_memory_than_the_host_has() -> None:
     size = (host_memory() // 4096 + 1) * 4096
     with pytest.raises(ConfigError, match="more than this host has"):
         MachineConfig(memory=size).validated()
+
+
+def test_an_engine_that_cannot_run_here_says_why() -> None:
+    reasons = {name: reason for name, reason, _ in _native.engines()}
+    assert reasons["soft"] == ""
+    if not reasons["kvm"]:
+        pytest.skip("KVM works here")
+    with pytest.raises(EngineUnavailable) as caught:
+        polyvisor.Machine(memory="1M", engine="kvm")
+    assert caught.value.engine == "kvm"
+    assert caught.value.reason == reasons["kvm"]
+    with polyvisor.Machine(memory="1M", engine="auto") as machine:
+        assert machine.engine == "soft"
 
 
 def test_unknown_cpu_model_is_refused() -> None:

@@ -226,3 +226,32 @@ def test_two_machines_do_not_mix() -> None:
         assert one.wait(10).status == 3  # type: ignore[union-attr]
         assert one.console.transcript == "one"
         assert two.console.transcript == "two"
+
+
+# 32-bit code: INIT, then a start-up IPI at 0x8000, to all CPUs but this one.
+WAKE_OTHERS = bytes.fromhex("c7050003e0fe00450c00 c7050003e0fe08460c00")
+COUNT_AND_HALT = bytes.fromhex("f0fe060090 fa f4 ebfd")  # lock inc byte [0x9000]; cli; hlt
+
+
+def smp(code: bytes, cpus: int) -> polyvisor.Machine:
+    machine = polyvisor.Machine(memory="2M", cpus=cpus)
+    machine.load_raw(0x8000, COUNT_AND_HALT)
+    machine.load_raw(0x10000, code)
+    machine.cpu(0).enter_protected_mode(rip=0x10000, rsp=0x7000)
+    return machine
+
+
+@pytest.mark.parametrize("cpus", [2, 4])
+def test_cpus_wake_each_other(cpus: int) -> None:
+    # spin: cmp byte [0x9000], cpus - 1; jne spin; mov al, 7; out 0xf4, al
+    wait = bytes.fromhex("803d00900000") + bytes([cpus - 1]) + bytes.fromhex("75f7 b007e6f4f4")
+    with smp(WAKE_OTHERS + wait, cpus) as machine:
+        assert machine.run(timeout=20).status == 15
+        assert machine.memory.read(0x9000, 1)[0] == cpus - 1
+        assert all(machine.cpu(n).state.activity != "wait_for_sipi" for n in range(cpus))
+
+
+def test_the_last_cpu_that_halts_ends_the_machine() -> None:
+    with smp(WAKE_OTHERS + CLI + HLT + LOOP_FOREVER, 3) as machine:
+        assert machine.run(timeout=20).reason == "halted"
+        assert machine.memory.read(0x9000, 1) == b"\x02"

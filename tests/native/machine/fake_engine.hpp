@@ -1,5 +1,5 @@
-// An engine whose guest is a C++ function: what the machine does with exits, pauses and stops can be
-// tested without a CPU.
+// An engine whose guest is a C++ function: what the machine does with exits, pauses and stops can
+// be tested without a CPU.
 #pragma once
 
 #include <condition_variable>

@@ -7,8 +7,8 @@
 
 #include "base/error.hpp"
 #include "check.hpp"
-#include "machine/machine.hpp"
 #include "machine/fake_engine.hpp"
+#include "machine/machine.hpp"
 
 using namespace polyvisor;
 using namespace std::chrono_literals;
@@ -53,8 +53,8 @@ void guests_end_their_machine() {
     CHECK_EQ(info.reason, StopReason::kTripleFault);
     CHECK_EQ(info.detail, std::string("three faults"));
 
-    info = run_to_end(with_guest(
-        [](FakeVcpu&) { return pvtest::make_exit(ExitReason::kFail, "cannot go on"); }));
+    info = run_to_end(
+        with_guest([](FakeVcpu&) { return pvtest::make_exit(ExitReason::kFail, "cannot go on"); }));
     CHECK_EQ(info.reason, StopReason::kEngineFailure);
 
     info = run_to_end(

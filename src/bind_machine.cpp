@@ -150,7 +150,9 @@ PyMachine::~PyMachine() {
     try {
         close();
     } catch (const std::exception&) {
-        // A device still has not returned: its thread uses the machine, so it must stay.
+        // A device still has not returned, or this is the collector at work on the machine's own
+        // thread: that thread uses the machine, so it must stay. It stops as soon as it can.
+        core_->machine().request_end({StopReason::kStopped, 0, "", 0});
         new std::shared_ptr<Core>(core_);
     }
 }

@@ -5,6 +5,7 @@ from guestcode import LOOP_FOREVER, ORIGIN, end, real_mode
 
 import polyvisor
 from polyvisor.errors import StateError, StateMismatch
+from polyvisor.images import kernel as kernels
 
 
 def test_a_machine_goes_on_elsewhere() -> None:
@@ -104,3 +105,23 @@ def test_only_while_it_stands_still() -> None:
         machine.snapshot()
         with pytest.raises(StateMismatch):
             machine.restore(early)
+
+
+@pytest.mark.slow
+@pytest.mark.boot
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_a_booting_linux_goes_on_in_another_machine(cpus: int) -> None:
+    kernel = kernels.fetch("cloud").image
+    with polyvisor.Machine(memory="256M", cpus=cpus) as machine:
+        machine.load(kernel, cmdline="console=ttyS0 panic=-1")
+        machine.start()
+        machine.console.expect("NET: Registered PF_NETLINK", timeout=120)
+        machine.pause()
+        snapshot = machine.snapshot()
+    with polyvisor.Machine(memory="256M", cpus=cpus) as machine:
+        machine.restore(snapshot)
+        assert machine.run(timeout=120).reason == "reset"
+        console = machine.console.transcript
+        assert "Linux version" not in console  # that was the other machine's
+        assert "Unable to mount root fs" in console

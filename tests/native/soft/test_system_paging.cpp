@@ -166,6 +166,33 @@ void crossing() {
     CHECK_EQ(smap.run().reason, ExitReason::kShutdown);
 }
 
+// Five levels: addresses of 57 bits are canonical, and translated by one more table.
+void five_levels() {
+    constexpr u64 kPml5 = 0x18000;
+    for (bool la57 : {true, false}) {
+        Machine m(Mode::kLong);
+        if (la57) {
+            m.put<u64>(kPml5, kPml4 | 7);
+            m.put<u64>(kPml5 + 3 * 8, kPml4 | 7);
+            m.state.cr3 = kPml5;
+            m.state.cr4 |= bit(12);
+        }
+        m.put<u32>(kPages + 0x10, 0x12345678);
+        m.state.gpr[kRax] = (u64{3} << 48) + kPages + 0x10;
+        Outcome o = step(m, BYTES("\x8b\x18"));
+        CHECK_EQ(o.vector, la57 ? -1 : 13);
+        if (la57) CHECK_EQ(m.vcpu->save().gpr[kRbx], u64{0x12345678});
+        // An absent fifth-level entry is a page fault, an address of 58 bits none.
+        if (!la57) continue;
+        m.state.gpr[kRax] = u64{5} << 48;
+        o = step(m, BYTES("\x8b\x18"));
+        CHECK_EQ(o.vector, 14);
+        CHECK_EQ(o.state.cr2, u64{5} << 48);
+        m.state.gpr[kRax] = bit(56);
+        CHECK_EQ(step(m, BYTES("\x8b\x18")).vector, 13);
+    }
+}
+
 // --- Against a model, through the soft TLB
 // ---------------------------------------------------------------
 
@@ -329,6 +356,7 @@ void random_sequences() {
 int main() {
     permissions();
     crossing();
+    five_levels();
     random_sequences();
     return finish("test_system_paging");
 }

@@ -1,11 +1,19 @@
-"""What the benchmarks share: host CPU time of child processes, and peers that may be missing."""
+"""What the benchmarks share: host CPU time of other processes and threads, peers that may be
+missing, and how a figure is reported."""
 
 from __future__ import annotations
 
 import resource
 import shutil
+import sys
+import time
+from pathlib import Path
 
 import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+#: The command line tool of the environment that runs the benchmarks.
+POLYVISOR = Path(sys.executable).with_name("polyvisor")
 
 
 def children_cpu() -> float:
@@ -18,9 +26,35 @@ def children_cpu() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+def process_cpu(pid: int) -> float:
+    """Seconds of host CPU time of another process so far, to the nanosecond.
+
+    The kernel makes the number of such a clock from the process id (clock_getcpuclockid(3))."""
+    return time.clock_gettime((~pid << 3) | 2)
+
+
+def thread_cpu(name: str) -> float:
+    """Seconds of host CPU time of the thread of this process with that name."""
+    for task in Path("/proc/self/task").iterdir():
+        if (task / "comm").read_text().strip() == name:
+            return time.clock_gettime((~int(task.name) << 3) | 6)
+    raise LookupError(f"there is no thread {name!r}")
+
+
 def peer(program: str) -> str:
     """The path of a program to compare with; skips the benchmark, saying so, when it is missing."""
     path = shutil.which(program)
     if path is None:
         pytest.skip(f"the peer {program} is not installed")
     return path
+
+
+def report(benchmark: BenchmarkFixture, **figures: object) -> None:
+    """Keeps figures with the benchmark's result, and prints them, rounded to be read."""
+    figures = {
+        name: float(f"{value:.4g}") if isinstance(value, float) else value
+        for name, value in figures.items()
+    }
+    benchmark.extra_info.update(figures)
+    text = ", ".join(f"{name} {value}" for name, value in figures.items())
+    print(f"\n{benchmark.name}: {text}")

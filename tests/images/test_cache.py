@@ -65,6 +65,17 @@ def test_damage_is_noticed(damage: str) -> None:
     assert (place / "sub" / "data").read_bytes() == b"content"
 
 
+def test_large_entries_are_summed_when_their_time_changed() -> None:
+    data = cache.entry("key", write, large=True) / "sub" / "data"
+    times = data.stat()
+    data.write_bytes(b"CONTENT")
+    os.utime(data, ns=(times.st_atime_ns, times.st_mtime_ns))
+    cache.entry("key", never, large=True)  # the price of not reading it
+    os.utime(data)
+    place = cache.entry("key", write, large=True)
+    assert (place / "sub" / "data").read_bytes() == b"content"
+
+
 def test_a_failure_leaves_nothing_behind() -> None:
     def fail(directory: Path) -> None:
         write(directory)

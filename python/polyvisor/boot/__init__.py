@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Choice = Literal["auto", "linux64", "linux32", "pvh", "elf"]
 
+_PIECE = 2 << 20
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"\xfd7zXZ\x00": "xz",
@@ -122,7 +123,12 @@ def apply(machine: Machine, made: Plan) -> None:
     if made.registers:
         machine.set_boot_registers(made.registers)
     for chunk in made.chunks:
-        machine.memory.write(chunk.gpa, chunk.data)
+        data = memoryview(chunk.data)
+        for at in range(0, len(data), _PIECE):
+            machine.memory.write(chunk.gpa + at, data[at : at + _PIECE])
+            if isinstance(data.obj, mmap.mmap):
+                # The file's pages would otherwise count as ours until the whole of it was copied.
+                data.obj.madvise(mmap.MADV_DONTNEED)
 
 
 def is_64bit(kernel: bytes | memoryview, path: str = "the kernel") -> bool:

@@ -1,9 +1,9 @@
 """Files that polyvisor fetched or made, kept between runs.
 
 A cache entry is a directory that appears complete or not at all (it is made beside its place and
-renamed), with a manifest of sizes and SHA-256 sums that is checked on every use: an entry that was
-cut off or changed is made again. Two processes that want the same entry make it once; the second
-waits for the first.
+renamed), with a manifest of sizes, times and SHA-256 sums that is checked on every use: an entry
+that was cut off or changed is made again. Two processes that want the same entry make it once; the
+second waits for the first.
 """
 
 from __future__ import annotations
@@ -32,19 +32,23 @@ def root() -> Path:
     return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "polyvisor"
 
 
-def entry(name: str, make: Callable[[Path], None], *, refresh: bool = False) -> Path:
+def entry(
+    name: str, make: Callable[[Path], None], *, refresh: bool = False, large: bool = False
+) -> Path:
     """The directory of entry `name`; `make(directory)` fills it when it is missing or damaged.
 
+    The files of a `large` entry are only summed again when their times have changed: reading them
+    all each time would cost more than keeping them saves.
     Raises `HostError` when the cache cannot be written, and whatever `make` raises; nothing is left
     behind then.
     """
     place = root() / name
-    if not refresh and _intact(place):
+    if not refresh and _intact(place, large):
         return place
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with _locked(place.with_name(place.name + ".lock")):
-            if not refresh and _intact(place):  # another process made it meanwhile
+            if not refresh and _intact(place, large):  # another process made it meanwhile
                 return place
             _make(place, make)
     except OSError as error:
@@ -72,7 +76,12 @@ def _make(place: Path, make: Callable[[Path], None]) -> None:
         for path in sorted(fresh.rglob("*")):
             if path.is_file():
                 name = str(path.relative_to(fresh))
-                manifest[name] = {"size": path.stat().st_size, "sha256": file_sum(path)}
+                found = path.stat()
+                manifest[name] = {
+                    "size": found.st_size,
+                    "time": found.st_mtime_ns,
+                    "sha256": file_sum(path),
+                }
         (fresh / _MANIFEST).write_text(json.dumps(manifest, indent=1))
         old = fresh.with_name(fresh.name + ".old")
         if place.exists():
@@ -83,12 +92,17 @@ def _make(place: Path, make: Callable[[Path], None]) -> None:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _intact(place: Path) -> bool:
+def _intact(place: Path, large: bool) -> bool:
     try:
         manifest = json.loads((place / _MANIFEST).read_text())
         for name, expected in manifest.items():
             path = place / name
-            if path.stat().st_size != expected["size"] or file_sum(path) != expected["sha256"]:
+            found = path.stat()
+            if found.st_size != expected["size"]:
+                return False
+            if large and found.st_mtime_ns == expected["time"]:
+                continue
+            if file_sum(path) != expected["sha256"]:
                 return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

@@ -56,7 +56,7 @@ def cached(bzimage: Path) -> Path:
     def make(directory: Path) -> None:
         (directory / "vmlinux").write_bytes(extract(bzimage))
 
-    return cache.entry(f"vmlinux/{key[:32]}", make) / "vmlinux"
+    return cache.entry(f"vmlinux/{key[:32]}", make, large=True) / "vmlinux"
 
 
 def _gzip(data: memoryview) -> bytes:

@@ -29,8 +29,10 @@ class FastUop {
         if (i_.prefixes & kPrefixLock) return false;
         if (row_.map == Map::One) {
             one_byte();
-        } else if (row_.map == Map::M0F) {
+        } else if (row_.map == Map::M0F && row_.prefix == Mandatory::Any) {
             two_byte();
+        } else if (row_.map == Map::M0F || row_.map == Map::V0F) {
+            move_vector();
         }
         if (u_.run == nullptr) return nop_;
         uops.push_back(u_);
@@ -299,9 +301,21 @@ class FastUop {
         }
     }
 
+    void move_vector() {
+        VectorMove move;
+        if (!vector_move(i_.op, move)) return;
+        u_.size = move.bytes;
+        u_.dst = move.store ? i_.rm : i_.reg;
+        u_.src = move.store ? i_.reg : i_.rm;
+        if (!i_.has_mem) {
+            u_.run = vector_copy_handler(move);
+        } else if (memory_ok_) {
+            u_.run = vector_memory_handler(move, kind_);
+        }
+    }
+
     void two_byte() {
         unsigned op = i_.opcode;
-        if (row_.prefix != Mandatory::Any) return;
         if (op >= 0x40 && op <= 0x4f && !i_.has_mem) {
             operands(i_.opsize, i_.reg, i_.rm);
             u_.run = cmov_handler(i_.opsize, op & 15);

@@ -171,6 +171,18 @@ Handler exchange_handler(unsigned size);
 Handler convert_handler(unsigned opcode, unsigned size);  // 98, 99
 Handler bit_test_handler(unsigned size, bool immediate);
 Handler byte_swap_handler(unsigned size);
+
+/// MOVUPS and its kin: what a row moves.
+struct VectorMove {
+    u8 bytes;      ///< 16, 32
+    bool clear;    ///< VEX.128: bits 255:128 of the destination are cleared
+    bool aligned;  ///< memory must be aligned
+    bool store;
+};
+bool vector_move(Op op, VectorMove& move);
+Handler vector_copy_handler(const VectorMove& move);
+Handler vector_memory_handler(const VectorMove& move, AddressKind kind);
+
 Handler jcc_handler(unsigned cc);
 Handler jump_handler();
 Handler call_handler();

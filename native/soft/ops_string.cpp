@@ -19,15 +19,15 @@ constexpr u64 kElementCost = 64;  ///< in bytes of the above: an element outside
 
 template <class T>
 bool load_at(VcpuFrame& f, u8 segment, u64 offset, T& value) {
-    u64 linear;
-    return linear_address(f, segment, offset, sizeof(T), false, linear) &&
-           read_linear(f, linear, &value, sizeof(T), Privilege::kCurrent, segment);
+    Insn place;
+    place.segment = segment;
+    return load(f, place, offset, value);
 }
 template <class T>
 bool store_at(VcpuFrame& f, u8 segment, u64 offset, T value) {
-    u64 linear;
-    return linear_address(f, segment, offset, sizeof(T), true, linear) &&
-           write_linear(f, linear, &value, sizeof(T), Privilege::kCurrent, segment);
+    Insn place;
+    place.segment = segment;
+    return store(f, place, offset, value);
 }
 
 /// The indexes, count and direction of one execution.

@@ -102,7 +102,7 @@ void BlockBuilder::mark_live_flags() {
         const OpInfo& row = op_info(at->insn.op);
         at->live = (row.flags_written & live) != 0;
         live &= static_cast<u8>(~flags_overwritten(at->insn, row));
-        live |= row.flags_read;
+        live |= flags_read(at->insn);
         // Register-to-register integer instructions cannot fault, but for divisions; everything else
         // is taken to.
         bool divides = row.map == Map::One && ((row.opcode | 1) == 0xf7 ? at->insn.reg >= 6

@@ -2,14 +2,15 @@
 // that are built once from the rows of soft/optab.hpp.
 //
 // An opcode (map, byte) has a slot. A slot leads to lists of candidate rows: one list when the rows
-// do not look at ModRM, else sixteen, by ModRM.reg and by whether the operand is memory. Within a list
-// rows stand in order of preference (mandatory F2/F3, then 66, then table order). What a row demands of
-// prefixes, mode, W, L, vvvv and REX.B is a bit set, the instruction's situation another with one bit
-// of each kind, so that choosing is `(row.allowed & situation) == situation` down a list of one to
-// three rows.
+// do not look at ModRM, else sixteen, by ModRM.reg and by whether the operand is memory. Within a
+// list rows stand in order of preference (mandatory F2/F3, then 66, then table order). What a row
+// demands of prefixes, mode, W, L, vvvv and REX.B is a bit set, the instruction's situation another
+// with one bit of each kind, so that choosing is `(row.allowed & situation) == situation` down a
+// list of one to three rows.
 //
-// Limits: 3DNow!, XOP, EVEX, REX2 and MPX do not exist here: their encodings are #UD or the NOPs they are
-// on CPUs without them. What depends on control registers or CPL is left to the operations.
+// Limits: 3DNow!, XOP, EVEX, REX2 and MPX do not exist here: their encodings are #UD or the NOPs
+// they are on CPUs without them. What depends on control registers or CPL is left to the
+// operations.
 #include <algorithm>
 #include <array>
 #include <vector>
@@ -23,6 +24,7 @@ namespace {
 constexpr unsigned kMaxLength = 15;
 constexpr u8 kMaps = 8;
 
+// clang-format off
 /// The situation bits that a row allows.
 enum Situation : u32 {
     kSitNoPrefix = 1 << 0, kSit66 = 1 << 1, kSitF3 = 1 << 2, kSitF2 = 1 << 3,
@@ -33,23 +35,25 @@ enum Situation : u32 {
     kSitNoRexB = 1 << 13, kSitRexB = 1 << 14,
     kSitAll = (1 << 15) - 1,
 };
+// clang-format on
 
 enum class Immediate : u8 { kNone, kByte, kSignedByte, kWord, kZ, kV, kFar, kMoffs };
 
 enum RowFlags : u16 {
-    kRowWIgnored = 1 << 0,   ///< W does not matter outside 64-bit mode (general-register operands)
-    kRowModIgnored = 1 << 1, ///< MOV CR/DR: ModRM.rm is a register whatever mod says
-    kRowMmxReg = 1 << 2,     ///< ModRM.reg is an MMX register: REX.R is ignored
-    kRowMmxRm = 1 << 3,      ///< ModRM.rm is an MMX or x87 register: REX.B is ignored
-    kRowNo8 = 1 << 4,        ///< no 8-byte form: port I/O
-    kRowNo2 = 1 << 5,        ///< outside 64-bit mode the operand is 4 bytes whatever the prefixes
+    kRowWIgnored = 1 << 0,    ///< W does not matter outside 64-bit mode (general-register operands)
+    kRowModIgnored = 1 << 1,  ///< MOV CR/DR: ModRM.rm is a register whatever mod says
+    kRowMmxReg = 1 << 2,      ///< ModRM.reg is an MMX register: REX.R is ignored
+    kRowMmxRm = 1 << 3,       ///< ModRM.rm is an MMX or x87 register: REX.B is ignored
+    kRowNo8 = 1 << 4,         ///< no 8-byte form: port I/O
+    kRowNo2 = 1 << 5,         ///< outside 64-bit mode the operand is 4 bytes whatever the prefixes
     kRowVsib = 1 << 6,
-    kRowSreg = 1 << 7,       ///< ModRM.reg is a segment register
+    kRowSreg = 1 << 7,  ///< ModRM.reg is a segment register
     kRowLoadsSreg = 1 << 8,
     kRowCr = 1 << 9,
     kRowDr = 1 << 10,
-    kRowImmReg = 1 << 11,    ///< the immediate's upper half is a register number
-    kRowSpecial = kRowModIgnored | kRowMmxReg | kRowMmxRm | kRowSreg | kRowLoadsSreg | kRowCr | kRowDr,
+    kRowImmReg = 1 << 11,  ///< the immediate's upper half is a register number
+    kRowSpecial =
+        kRowModIgnored | kRowMmxReg | kRowMmxRm | kRowSreg | kRowLoadsSreg | kRowCr | kRowDr,
     kRowSize = kRowNo8 | kRowNo2,
 };
 
@@ -61,7 +65,7 @@ struct Row {
     Feature feature;
     Mandatory prefix;
     Immediate imm, imm2;
-    bool full;       ///< the whole ModRM byte must equal full_modrm
+    bool full;  ///< the whole ModRM byte must equal full_modrm
     u8 full_modrm;
 };
 
@@ -76,6 +80,7 @@ struct Slot {
     bool by_modrm = false;  ///< sixteen lists: (register form << 3) | reg
 };
 
+// clang-format off
 Immediate immediate_of(Operand operand) {
     switch (operand) {
         using enum Operand;
@@ -108,6 +113,7 @@ u16 operand_flags(const OpInfo& info, Operand operand) {
         default: return 0;
     }
 }
+// clang-format on
 
 Row make_row(const OpInfo& info, u16 op) {
     Row row{};
@@ -126,11 +132,20 @@ Row make_row(const OpInfo& info, u16 op) {
 
     u32 allowed = kSitAll;
     switch (info.prefix) {
-        case Mandatory::Any: break;
-        case Mandatory::NP: allowed &= ~(kSit66 | kSitF2 | kSitF3); break;
-        case Mandatory::P66: allowed &= ~(kSitNoPrefix | kSitF2 | kSitF3); break;
-        case Mandatory::PF3: allowed &= ~(kSitNoPrefix | kSit66 | kSitF2); break;
-        case Mandatory::PF2: allowed &= ~(kSitNoPrefix | kSit66 | kSitF3); break;
+        case Mandatory::Any:
+            break;
+        case Mandatory::NP:
+            allowed &= ~(kSit66 | kSitF2 | kSitF3);
+            break;
+        case Mandatory::P66:
+            allowed &= ~(kSitNoPrefix | kSitF2 | kSitF3);
+            break;
+        case Mandatory::PF3:
+            allowed &= ~(kSitNoPrefix | kSit66 | kSitF2);
+            break;
+        case Mandatory::PF2:
+            allowed &= ~(kSitNoPrefix | kSit66 | kSitF3);
+            break;
     }
     if (info.attrs & kNoRep) allowed &= ~(kSitF2 | kSitF3);
     if (info.attrs & kNo64) allowed &= ~kSit64;
@@ -141,7 +156,8 @@ Row make_row(const OpInfo& info, u16 op) {
     if (info.attrs & kL1) allowed &= ~kSitL0;
     if (info.attrs & kVvvvUnused) allowed &= ~kSitVvvv;
     // NOP and PAUSE are exceptions among the XCHGs with rAX: they do not take REX.B.
-    if (info.map == Map::One && info.opcode == 0x90 && !(info.attrs & kOpcodeReg)) allowed &= ~kSitRexB;
+    if (info.map == Map::One && info.opcode == 0x90 && !(info.attrs & kOpcodeReg))
+        allowed &= ~kSitRexB;
     row.allowed = allowed;
     return row;
 }
@@ -150,13 +166,20 @@ Row make_row(const OpInfo& info, u16 op) {
 bool ext_accepts(const OpExt& ext, bool reg_form, u8 reg) {
     switch (ext.kind) {
         case OpExt::kNone:
-        case OpExt::kAny: return true;
-        case OpExt::kMem: return !reg_form;
-        case OpExt::kReg: return reg_form;
-        case OpExt::kGroup: return reg == ext.value;
-        case OpExt::kGroupMem: return !reg_form && reg == ext.value;
-        case OpExt::kGroupReg: return reg_form && reg == ext.value;
-        case OpExt::kFull: return reg_form == (ext.value >= 0xc0) && reg == ((ext.value >> 3) & 7);
+        case OpExt::kAny:
+            return true;
+        case OpExt::kMem:
+            return !reg_form;
+        case OpExt::kReg:
+            return reg_form;
+        case OpExt::kGroup:
+            return reg == ext.value;
+        case OpExt::kGroupMem:
+            return !reg_form && reg == ext.value;
+        case OpExt::kGroupReg:
+            return reg_form && reg == ext.value;
+        case OpExt::kFull:
+            return reg_form == (ext.value >= 0xc0) && reg == ((ext.value >> 3) & 7);
     }
     return false;
 }
@@ -169,7 +192,9 @@ class Tables {
         }
     }
 
-    const Slot& slot(Map map, u8 opcode) const { return slots_[static_cast<u8>(map) * 256 + opcode]; }
+    const Slot& slot(Map map, u8 opcode) const {
+        return slots_[static_cast<u8>(map) * 256 + opcode];
+    }
     List list(unsigned n) const { return lists_[n]; }
     const Row* rows() const { return rows_.data(); }
 
@@ -192,7 +217,8 @@ class Tables {
             if (prefix == Mandatory::PF2 || prefix == Mandatory::PF3) return 0;
             return prefix == Mandatory::P66 ? 1 : 2;
         };
-        std::stable_sort(members.begin(), members.end(), [&](u16 a, u16 b) { return rank(a) < rank(b); });
+        std::stable_sort(members.begin(), members.end(),
+                         [&](u16 a, u16 b) { return rank(a) < rank(b); });
         slot.exists = true;
         slot.has_modrm = modrm;
         slot.by_modrm = by_modrm;
@@ -237,7 +263,8 @@ constexpr std::array<u8, 256> kByteClass = [] {
 class Cursor {
   public:
     Cursor(std::span<const u8> bytes)
-        : begin_(bytes.data()), at_(bytes.data()),
+        : begin_(bytes.data()),
+          at_(bytes.data()),
           end_(bytes.data() + std::min<size_t>(bytes.size(), kMaxLength)),
           whole_(bytes.size() >= kMaxLength) {}
 
@@ -263,7 +290,9 @@ class Cursor {
         return true;
     }
     u8 length() const { return static_cast<u8>(at_ - begin_); }
-    DecodeStatus ran_out() const { return whole_ ? DecodeStatus::kTooLong : DecodeStatus::kTruncated; }
+    DecodeStatus ran_out() const {
+        return whole_ ? DecodeStatus::kTooLong : DecodeStatus::kTruncated;
+    }
 
   private:
     const u8* begin_;
@@ -278,11 +307,11 @@ struct Decoding {
     Cursor cursor;
     CodeSize size;
     Insn& insn;
-    u8 rex = 0;             ///< or, with VEX: its R, X, B in REX's positions
+    u8 rex = 0;  ///< or, with VEX: its R, X, B in REX's positions
     bool w = false;
     u8 override_ = kNoOverride;
-    u8 vex_vvvv = 15;       ///< as 15 - the register
-    u8 simd_prefix = 0;     ///< 0 none, 1 66, 2 F3, 3 F2
+    u8 vex_vvvv = 15;    ///< as 15 - the register
+    u8 simd_prefix = 0;  ///< 0 none, 1 66, 2 F3, 3 F2
     Map map = Map::One;
 
     bool long64() const { return size == CodeSize::k64; }
@@ -312,11 +341,21 @@ bool prefixes(Decoding& d) {
                     d.override_ = kSegmentOf[(byte >> 3) & 3];
                 }
                 break;
-            case kOpsize: d.insn.prefixes |= kPrefixOpsize; break;
-            case kAddrsize: d.insn.prefixes |= kPrefixAddrsize; break;
-            case kLock: d.insn.prefixes |= kPrefixLock; break;
-            case kRepne: d.insn.prefixes = (d.insn.prefixes & ~kPrefixRep) | kPrefixRepne; break;
-            default: d.insn.prefixes = (d.insn.prefixes & ~kPrefixRepne) | kPrefixRep; break;
+            case kOpsize:
+                d.insn.prefixes |= kPrefixOpsize;
+                break;
+            case kAddrsize:
+                d.insn.prefixes |= kPrefixAddrsize;
+                break;
+            case kLock:
+                d.insn.prefixes |= kPrefixLock;
+                break;
+            case kRepne:
+                d.insn.prefixes = (d.insn.prefixes & ~kPrefixRep) | kPrefixRepne;
+                break;
+            default:
+                d.insn.prefixes = (d.insn.prefixes & ~kPrefixRepne) | kPrefixRep;
+                break;
         }
     }
     if (rex) {
@@ -336,8 +375,7 @@ bool prefixes(Decoding& d) {
 
 /// After C4 or C5 that is a VEX prefix. Leaves the cursor at the opcode.
 DecodeStatus vex_prefix(Decoding& d, bool three) {
-    constexpr u8 kForbidden =
-        kPrefixLock | kPrefixRep | kPrefixRepne | kPrefixOpsize | kPrefixRex;
+    constexpr u8 kForbidden = kPrefixLock | kPrefixRep | kPrefixRepne | kPrefixOpsize | kPrefixRex;
     u8 first, last;
     if (!d.cursor.byte(first)) return d.cursor.ran_out();
     u8 map = 1;
@@ -528,20 +566,27 @@ bool immediate(Decoding& d, Immediate kind, u64& into) {
     u64 value = 0;
     bool ok = true;
     switch (kind) {
-        case Immediate::kNone: break;
-        case Immediate::kByte: ok = d.cursor.number(1, into); break;
+        case Immediate::kNone:
+            break;
+        case Immediate::kByte:
+            ok = d.cursor.number(1, into);
+            break;
         case Immediate::kSignedByte:
             ok = d.cursor.number(1, value);
             into = static_cast<u64>(sign_extend(value, 8));
             break;
-        case Immediate::kWord: ok = d.cursor.number(2, into); break;
+        case Immediate::kWord:
+            ok = d.cursor.number(2, into);
+            break;
         case Immediate::kZ: {
             unsigned size = i.opsize == 2 ? 2 : 4;
             ok = d.cursor.number(size, value);
             into = static_cast<u64>(sign_extend(value, size * 8));
             break;
         }
-        case Immediate::kV: ok = d.cursor.number(i.opsize, into); break;
+        case Immediate::kV:
+            ok = d.cursor.number(i.opsize, into);
+            break;
         case Immediate::kFar:
             ok = d.cursor.number(i.opsize == 2 ? 2 : 4, into) && d.cursor.number(2, i.imm2);
             break;
@@ -595,14 +640,16 @@ DecodeStatus body(Decoding& d, const FeatureSet& features) {
     if (row->imm != Immediate::kNone) {
         if (!immediate(d, row->imm, i.imm)) return d.cursor.ran_out();
         if ((row->flags & kRowImmReg) && !d.long64()) i.imm &= 0x7f;  // eight registers
-        if (row->imm2 != Immediate::kNone && !immediate(d, row->imm2, i.imm2)) return d.cursor.ran_out();
+        if (row->imm2 != Immediate::kNone && !immediate(d, row->imm2, i.imm2))
+            return d.cursor.ran_out();
     }
     return DecodeStatus::kOk;
 }
 
 }  // namespace
 
-DecodeStatus decode(std::span<const u8> bytes, CodeSize size, const FeatureSet& features, Insn& insn) {
+DecodeStatus decode(std::span<const u8> bytes, CodeSize size, const FeatureSet& features,
+                    Insn& insn) {
     insn = Insn{};
     Decoding d{Cursor(bytes), size, insn};
     DecodeStatus status = body(d, features);

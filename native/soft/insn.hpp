@@ -27,6 +27,7 @@ enum Prefix : u8 {
     kPrefixVex = 128,
 };
 
+// clang-format off
 struct Insn {
     Op op{};
     u8 length = 0;      ///< bytes, 1..15
@@ -54,6 +55,7 @@ struct Insn {
 
     bool operator==(const Insn&) const = default;
 };
+// clang-format on
 
 enum class DecodeStatus : u8 {
     kOk,
@@ -62,9 +64,10 @@ enum class DecodeStatus : u8 {
     kTooLong,    ///< more than 15 bytes: #GP(0)
 };
 
-/// Decodes one instruction. Rows whose feature is absent do not exist (an older row may then match, as
-/// on real CPUs: LZCNT becomes BSR). Does not depend on CPL or control registers. On any status but
-/// kOk, insn.length is the number of bytes looked at. Never reads beyond `bytes`.
-DecodeStatus decode(std::span<const u8> bytes, CodeSize size, const FeatureSet& features, Insn& insn);
+/// Decodes one instruction. Rows whose feature is absent do not exist (an older row may then match,
+/// as on real CPUs: LZCNT becomes BSR). Does not depend on CPL or control registers. On any status
+/// but kOk, insn.length is the number of bytes looked at. Never reads beyond `bytes`.
+DecodeStatus decode(std::span<const u8> bytes, CodeSize size, const FeatureSet& features,
+                    Insn& insn);
 
 }  // namespace polyvisor::soft

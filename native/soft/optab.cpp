@@ -9,34 +9,46 @@ constexpr OpExt None{OpExt::kNone, 0};
 constexpr OpExt R{OpExt::kAny, 0};
 constexpr OpExt M{OpExt::kMem, 0};
 constexpr OpExt RR{OpExt::kReg, 0};
-constexpr OpExt X(u8 n) { return {OpExt::kGroup, n}; }
-constexpr OpExt MX(u8 n) { return {OpExt::kGroupMem, n}; }
-constexpr OpExt RX(u8 n) { return {OpExt::kGroupReg, n}; }
-constexpr OpExt F(u8 modrm) { return {OpExt::kFull, modrm}; }
+constexpr OpExt X(u8 n) {
+    return {OpExt::kGroup, n};
+}
+constexpr OpExt MX(u8 n) {
+    return {OpExt::kGroupMem, n};
+}
+constexpr OpExt RX(u8 n) {
+    return {OpExt::kGroupReg, n};
+}
+constexpr OpExt F(u8 modrm) {
+    return {OpExt::kFull, modrm};
+}
 }  // namespace ext
 
 constexpr OpInfo kOps[] = {
-#define PV_OP(id, mnemonic, map, opcode, prefix, ext_code, op1, op2, op3, op4, reads, writes, feature, \
-              attrs)                                                                                  \
-    {#id,                                                                                             \
-     mnemonic,                                                                                        \
-     Map::map,                                                                                        \
-     opcode,                                                                                          \
-     Mandatory::prefix,                                                                               \
-     ext::ext_code,                                                                                   \
-     {Operand::op1, Operand::op2, Operand::op3, Operand::op4},                                        \
-     static_cast<u8>(reads),                                                                          \
-     static_cast<u8>(writes),                                                                         \
-     Feature::k##feature,                                                                             \
+#define PV_OP(id, mnemonic, map, opcode, prefix, ext_code, op1, op2, op3, op4, reads, writes, \
+              feature, attrs)                                                                 \
+    {#id,                                                                                     \
+     mnemonic,                                                                                \
+     Map::map,                                                                                \
+     opcode,                                                                                  \
+     Mandatory::prefix,                                                                       \
+     ext::ext_code,                                                                           \
+     {Operand::op1, Operand::op2, Operand::op3, Operand::op4},                                \
+     static_cast<u8>(reads),                                                                  \
+     static_cast<u8>(writes),                                                                 \
+     Feature::k##feature,                                                                     \
      static_cast<u32>(attrs)},
+// clang-format off: the same order everywhere
 #include "soft/optab_int.inc"
 #include "soft/optab_x87.inc"
 #include "soft/optab_simd.inc"
+// clang-format on
 #undef PV_OP
 };
 static_assert(std::size(kOps) == kOpCount);
 
-bool between(Op op, Op first, Op last) { return op >= first && op <= last; }
+bool between(Op op, Op first, Op last) {
+    return op >= first && op <= last;
+}
 
 /// Shifts and rotates whose count is an immediate; the rows stand together in the table.
 bool shifts_by_immediate(Op op) {
@@ -57,7 +69,9 @@ unsigned immediate_count(const Insn& insn) {
 
 }  // namespace
 
-const OpInfo& op_info(Op op) { return kOps[static_cast<unsigned>(op)]; }
+const OpInfo& op_info(Op op) {
+    return kOps[static_cast<unsigned>(op)];
+}
 
 u8 flags_read(const Insn& insn) {
     const OpInfo& info = op_info(insn.op);
@@ -78,6 +92,7 @@ u8 flags_written(const Insn& insn) {
 unsigned operand_size(Operand operand, const Insn& insn) {
     unsigned y = insn.opsize == 8 ? 8 : 4;
     unsigned x = insn.vex_l ? 32 : 16;
+    // clang-format off
     switch (operand) {
         using enum Operand;
         case Eb: case Gb: case Mb: case Zb: case Ob: case Xb: case Yb: case AL: case CL: case Wb:
@@ -122,11 +137,13 @@ unsigned operand_size(Operand operand, const Insn& insn) {
         case _: case M: case VMx:
             return 0;
     }
+    // clang-format on
     return 0;
 }
 
 unsigned memory_size(const Insn& insn) {
     if (!insn.has_mem) return 0;
+    // clang-format off
     switch (insn.op) {  // a ModRM operand that is decoded but never accessed
         case Op::NOP_Ev_0D: case Op::NOP_Ev_18: case Op::NOP_Ev_19: case Op::NOP_Ev_1A:
         case Op::NOP_Ev_1B: case Op::NOP_Ev_1C: case Op::NOP_Ev_1D: case Op::NOP_Ev_1E:
@@ -135,6 +152,7 @@ unsigned memory_size(const Insn& insn) {
         default:
             break;
     }
+    // clang-format on
     for (Operand operand : op_info(insn.op).operands) {
         if (is_memory_operand(operand)) return operand_size(operand, insn);
     }
@@ -142,6 +160,7 @@ unsigned memory_size(const Insn& insn) {
 }
 
 bool is_memory_operand(Operand operand) {
+    // clang-format off
     switch (operand) {
         using enum Operand;
         case Eb: case Ew: case Ed: case Eq: case Ev: case Ey:
@@ -154,6 +173,7 @@ bool is_memory_operand(Operand operand) {
         default:
             return false;
     }
+    // clang-format on
 }
 
 }  // namespace polyvisor::soft

@@ -1,3 +1,4 @@
+// clang-format off
 // The instruction table: one row per instruction form, the single source for decoder, interpreter, JIT
 // and tests. The rows stand in optab_int.inc (integer and system), optab_x87.inc and optab_simd.inc
 // (MMX, SSE, AVX, AES, SHA, ...), each row as
@@ -19,6 +20,7 @@
 //
 // Among rows that match, the first with all constraints met wins; a row with a mandatory prefix
 // beats Any and NP wherever it stands (PF2/PF3 beat P66).
+// clang-format on
 #pragma once
 
 #include <string_view>
@@ -30,6 +32,7 @@ namespace polyvisor::soft {
 enum class Map : u8 { One, M0F, M0F38, M0F3A, V0F, V0F38, V0F3A, X87 };
 enum class Mandatory : u8 { Any, NP, P66, PF3, PF2 };
 
+// clang-format off
 /// Operand codes, after the opcode-map appendix of the manuals (SDM 2D, A.2).
 enum class Operand : u8 {
     _,
@@ -61,9 +64,11 @@ enum class Operand : u8 {
     VMx,                      ///< VSIB memory (gathers)
     XMM0,                     ///< implicit
 };
+// clang-format on
 
 enum FlagBits : u8 { kC = 1, kP = 2, kA = 4, kZ = 8, kS = 16, kO = 32, kD = 64, kAllFlags = 63 };
 
+// clang-format off
 enum Attr : u32 {
     kLockable = 1 << 0,     ///< LOCK allowed (with a memory destination); otherwise LOCK is #UD
     kNo64 = 1 << 1,         ///< #UD in 64-bit mode
@@ -93,6 +98,7 @@ enum Attr : u32 {
     kNative = 1 << 25,      ///< user-mode form that can run on the host as is: the native oracle tests it
     kNoRep = 1 << 26,       ///< F2 and F3 are #UD though 66 keeps its meaning (NFx in the manuals)
 };
+// clang-format on
 
 struct OpExt {
     enum Kind : u8 { kNone, kAny, kMem, kReg, kGroup, kGroupMem, kGroupReg, kFull } kind;
@@ -100,7 +106,7 @@ struct OpExt {
 };
 
 struct OpInfo {
-    std::string_view id;        ///< "ADD_Eb_Gb"
+    std::string_view id;  ///< "ADD_Eb_Gb"
     std::string_view mnemonic;
     Map map;
     u8 opcode;
@@ -115,9 +121,11 @@ struct OpInfo {
 
 enum class Op : u16 {
 #define PV_OP(id, ...) id,
+// clang-format off: the same order everywhere
 #include "soft/optab_int.inc"
 #include "soft/optab_x87.inc"
 #include "soft/optab_simd.inc"
+// clang-format on
 #undef PV_OP
     kCount
 };

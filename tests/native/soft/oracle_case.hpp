@@ -1,5 +1,5 @@
-// One experiment: a CPU in user mode about to execute one instruction, and what became of it. The host's
-// own CPU and the interpreter are given the same Case; their Outcomes must be equal.
+// One experiment: a CPU in user mode about to execute one instruction, and what became of it. The
+// host's own CPU and the interpreter are given the same Case; their Outcomes must be equal.
 #pragma once
 
 #include <array>
@@ -13,7 +13,8 @@ using polyvisor::u32;
 using polyvisor::u64;
 using polyvisor::u8;
 
-// Both sides have the same addresses mapped: code that can be executed, and data pages between holes.
+// Both sides have the same addresses mapped: code that can be executed, and data pages between
+// holes.
 inline constexpr u64 kCodeBase = 0x10000000;
 inline constexpr u64 kCodeSize = 64 << 20;
 inline constexpr u64 kCodeSlot = 64;  ///< every Case has its own bytes: no code is ever overwritten
@@ -44,13 +45,13 @@ struct Case {
 };
 
 struct Outcome {
-    bool alive = true;      ///< false: the executor itself failed; `text` says how
+    bool alive = true;  ///< false: the executor itself failed; `text` says how
     const char* text = "";
-    int vector = -1;        ///< exception, or -1 when the instruction completed
+    int vector = -1;  ///< exception, or -1 when the instruction completed
     bool has_error = false;
-    u32 error = 0;          ///< of the interpreter only: signals do not tell
+    u32 error = 0;  ///< of the interpreter only: signals do not tell
     bool has_address = false;
-    u64 address = 0;        ///< #PF
+    u64 address = 0;  ///< #PF
     UserState after;
     std::array<u8, kDataSize> data{};
 };
@@ -58,7 +59,9 @@ struct Outcome {
 // Exceptions that signals do not tell apart: #GP, #BR and #OF are all SIGSEGV without an address.
 inline constexpr int kVectorGpLike = 13;
 
-inline u16 read16(const u8* p) { return static_cast<u16>(p[0] | p[1] << 8); }
+inline u16 read16(const u8* p) {
+    return static_cast<u16>(p[0] | p[1] << 8);
+}
 
 // Places in `legacy` (SDM 1, 10.5.1).
 inline constexpr unsigned kFcwAt = 0, kFswAt = 2, kFtwAt = 4, kFopAt = 6, kFipAt = 8, kFdpAt = 16,

@@ -37,7 +37,8 @@ struct IgnoredBytes {
     const char* reason;
 };
 constexpr IgnoredBytes kIgnoredBytes[] = {
-    {Operand::M512, 0, 6, 24, "x87 instruction and data pointers: CPUs differ in when they keep them"},
+    {Operand::M512, 0, 6, 24,
+     "x87 instruction and data pointers: CPUs differ in when they keep them"},
     {Operand::M512, 0, 28, 32, "MXCSR_MASK: what the guest's CPU has, not the host's"},
     {Operand::M28, 2, 6, 14, "x87 instruction and data pointers"},
     {Operand::M28, 0, 12, 28, "x87 instruction and data pointers"},
@@ -59,9 +60,12 @@ std::string hex(const u8* bytes, unsigned size) {
 
 constexpr u32 kMxcsrMm = 1 << 17;
 
-bool random_result(Op op) { return op == Op::RDRAND_Rv || op == Op::RDSEED_Rv; }
+bool random_result(Op op) {
+    return op == Op::RDRAND_Rv || op == Op::RDSEED_Rv;
+}
 
-/// Rows whose memory operand CPUs access in parts of their choice: which of its pages faults is not certain.
+/// Rows whose memory operand CPUs access in parts of their choice: which of its pages faults is not
+/// certain.
 bool accessed_in_parts(const OpInfo& row) {
     Operand first = row.operands[0];
     return first == Operand::M28 || first == Operand::M94 || first == Operand::M512;
@@ -75,18 +79,22 @@ bool left_to_the_cpu(const Case& c, int ours, int host) {
     if (m.starts_with("maskmov") || m == "vmaskmovdqu") return ours < 0 && host == kPf;
     // Of two operands that both fault, either may come first.
     if (m.starts_with("cmps")) return ours >= 0 && host >= 0;
-    // Segment limit, alignment and page are checked in an order of the CPU's choice (SDM 3A, table 6-2).
+    // Segment limit, alignment and page are checked in an order of the CPU's choice (SDM 3A, table
+    // 6-2).
     if ((row.attrs & (kAligned | kAlignedVex)) || accessed_in_parts(row)) {
         auto memory = [](int vector) { return vector >= kSsFault && vector <= kPf; };
         if (ours != host && memory(ours) && memory(host)) return true;
     }
     // A call to an address that is not canonical, with a stack that cannot be pushed to.
-    if (c.op == Op::CALL_Ev) return ours == kGp && (host == kSsFault || host == kPf || host == kAcFault);
+    if (c.op == Op::CALL_Ev)
+        return ours == kGp && (host == kSsFault || host == kPf || host == kAcFault);
     return false;
 }
 
-void compare_bytes(std::vector<std::string>& list, const std::string& what, const u8* a, const u8* b, unsigned size) {
-    if (std::memcmp(a, b, size) != 0) list.push_back(what + ": " + hex(a, size) + ", host " + hex(b, size));
+void compare_bytes(std::vector<std::string>& list, const std::string& what, const u8* a,
+                   const u8* b, unsigned size) {
+    if (std::memcmp(a, b, size) != 0)
+        list.push_back(what + ": " + hex(a, size) + ", host " + hex(b, size));
 }
 
 void compare_fpu(std::vector<std::string>& list, const UserState& a, const UserState& h) {
@@ -95,19 +103,24 @@ void compare_fpu(std::vector<std::string>& list, const UserState& a, const UserS
     compare_bytes(list, "ftw", a.legacy + kFtwAt, h.legacy + kFtwAt, 1);
     compare_bytes(list, "mxcsr", a.legacy + kMxcsrAt, h.legacy + kMxcsrAt, 4);
     for (unsigned n = 0; n < 8; ++n) {
-        compare_bytes(list, text("st%u", n), a.legacy + kStAt + n * 16, h.legacy + kStAt + n * 16, 10);
+        compare_bytes(list, text("st%u", n), a.legacy + kStAt + n * 16, h.legacy + kStAt + n * 16,
+                      10);
     }
     for (unsigned n = 0; n < 16; ++n) {
-        compare_bytes(list, text("xmm%u", n), a.legacy + kXmmAt + n * 16, h.legacy + kXmmAt + n * 16, 16);
+        compare_bytes(list, text("xmm%u", n), a.legacy + kXmmAt + n * 16,
+                      h.legacy + kXmmAt + n * 16, 16);
         compare_bytes(list, text("ymm%u high", n), a.ymm_high[n], h.ymm_high[n], 16);
     }
 }
 
-void compare_memory(std::vector<std::string>& list, const Case& c, const Outcome& ours, const Outcome& host) {
+void compare_memory(std::vector<std::string>& list, const Case& c, const Outcome& ours,
+                    const Outcome& host) {
     const OpInfo& row = op_info(c.op);
     auto ignored = [&](u64 address) {
         for (const IgnoredBytes& ignore : kIgnoredBytes) {
-            if (row.operands[0] != ignore.operand || (ignore.opsize && ignore.opsize != c.insn.opsize)) continue;
+            if (row.operands[0] != ignore.operand ||
+                (ignore.opsize && ignore.opsize != c.insn.opsize))
+                continue;
             u64 offset = address - c.memory_address;
             if (offset >= ignore.from && offset < ignore.to) return true;
         }
@@ -116,8 +129,9 @@ void compare_memory(std::vector<std::string>& list, const Case& c, const Outcome
     unsigned shown = 0;
     for (unsigned n = 0; n < kDataSize && shown < 8; ++n) {
         if (ours.data[n] == host.data[n] || ignored(kDataBase + n)) continue;
-        list.push_back(text("byte at %llx: %02x, host %02x", static_cast<unsigned long long>(kDataBase + n),
-                            ours.data[n], host.data[n]));
+        list.push_back(text("byte at %llx: %02x, host %02x",
+                            static_cast<unsigned long long>(kDataBase + n), ours.data[n],
+                            host.data[n]));
         ++shown;
     }
 }
@@ -140,13 +154,16 @@ std::vector<std::string> compare(const Case& c, const Outcome& ours, const Outco
     u32 host_mxcsr;
     std::memcpy(&host_mxcsr, host.after.legacy + kMxcsrAt, sizeof host_mxcsr);
     if (vector == kGp && host_vector < 0 && (host_mxcsr & kMxcsrMm)) return list;
-    if (vector != host_vector) list.push_back(text("exception %d, host %d", ours.vector, host.vector));
+    if (vector != host_vector)
+        list.push_back(text("exception %d, host %d", ours.vector, host.vector));
     u64 address_mask = ~u64{0};
     if (accessed_in_parts(row)) address_mask = 0;
     // Which operand of CMPS comes first, and which byte of MASKMOVDQU, is not documented.
-    if (row.mnemonic.starts_with("cmps") || row.mnemonic.find("maskmov") != std::string_view::npos) address_mask = 0;
+    if (row.mnemonic.starts_with("cmps") || row.mnemonic.find("maskmov") != std::string_view::npos)
+        address_mask = 0;
     if (ours.has_address && host.has_address && ((ours.address ^ host.address) & address_mask)) {
-        list.push_back(text("faulting address %llx, host %llx", static_cast<unsigned long long>(ours.address),
+        list.push_back(text("faulting address %llx, host %llx",
+                            static_cast<unsigned long long>(ours.address),
                             static_cast<unsigned long long>(host.address)));
     }
     u64 wide = c.size == CodeSize::k64 ? ~u64{0} : 0xffffffff;
@@ -154,8 +171,10 @@ std::vector<std::string> compare(const Case& c, const Outcome& ours, const Outco
     for (unsigned n = 0; n < registers; ++n) {
         u64 a = ours.after.gpr[n] & wide, h = host.after.gpr[n] & wide;
         if (a == h || (random_result(c.op) && n == c.insn.rm)) continue;
-        if (c.op == Op::POPA && host.vector >= 0) continue;  // AMD's keep what was popped before the fault
-        list.push_back(text("%s: %016llx, host %016llx", kNames[n], static_cast<unsigned long long>(a),
+        if (c.op == Op::POPA && host.vector >= 0)
+            continue;  // AMD's keep what was popped before the fault
+        list.push_back(text("%s: %016llx, host %016llx", kNames[n],
+                            static_cast<unsigned long long>(a),
                             static_cast<unsigned long long>(h)));
     }
     if (ours.after.rip != host.after.rip) {
@@ -167,18 +186,23 @@ std::vector<std::string> compare(const Case& c, const Outcome& ours, const Outco
         if (undefined.op == c.op) compared &= ~undefined.flags;
     }
     if ((row.attrs & kString) && host.vector >= 0) {
-        compared &= ~kFlagStatus;  // repeated CMPS and SCAS that fault: AMD's keep the flags so far, Intel's restore
+        compared &= ~kFlagStatus;  // repeated CMPS and SCAS that fault: AMD's keep the flags so
+                                   // far, Intel's restore
     }
     if ((ours.after.rflags ^ host.after.rflags) & compared) {
-        list.push_back(text("rflags: %llx, host %llx", static_cast<unsigned long long>(ours.after.rflags & compared),
+        list.push_back(text("rflags: %llx, host %llx",
+                            static_cast<unsigned long long>(ours.after.rflags & compared),
                             static_cast<unsigned long long>(host.after.rflags & compared)));
     }
-    if (c.size == CodeSize::k64 && (ours.after.fs_base != host.after.fs_base || ours.after.gs_base != host.after.gs_base)) {
+    if (c.size == CodeSize::k64 &&
+        (ours.after.fs_base != host.after.fs_base || ours.after.gs_base != host.after.gs_base)) {
         list.push_back("FS or GS base differs");
     }
-    // AMD's CPUs enter MMX mode (TOP 0, all tags valid) before an MMX instruction faults, Intel's after.
-    // Gathers that fault: which elements are done, and what is left of the mask, is the CPU's choice.
-    bool undefined_fpu = host.vector >= 0 && ((row.attrs & kMmx) || row.operands[1] == Operand::VMx);
+    // AMD's CPUs enter MMX mode (TOP 0, all tags valid) before an MMX instruction faults, Intel's
+    // after. Gathers that fault: which elements are done, and what is left of the mask, is the
+    // CPU's choice.
+    bool undefined_fpu =
+        host.vector >= 0 && ((row.attrs & kMmx) || row.operands[1] == Operand::VMx);
     if (!undefined_fpu) compare_fpu(list, ours.after, host.after);
     compare_memory(list, c, ours, host);
     return list;
@@ -188,11 +212,13 @@ std::string describe(const Case& c) {
     std::string result;
     const UserState& s = c.before;
     for (unsigned n = 0; n < 16; ++n) {
-        result += text("  %-3s %016llx%s", kNames[n], static_cast<unsigned long long>(s.gpr[n]), n % 4 == 3 ? "\n" : "");
+        result += text("  %-3s %016llx%s", kNames[n], static_cast<unsigned long long>(s.gpr[n]),
+                       n % 4 == 3 ? "\n" : "");
     }
-    result += text("  rflags %llx  fs %llx  gs %llx  rip %llx", static_cast<unsigned long long>(s.rflags),
-                   static_cast<unsigned long long>(s.fs_base), static_cast<unsigned long long>(s.gs_base),
-                   static_cast<unsigned long long>(s.rip));
+    result +=
+        text("  rflags %llx  fs %llx  gs %llx  rip %llx", static_cast<unsigned long long>(s.rflags),
+             static_cast<unsigned long long>(s.fs_base), static_cast<unsigned long long>(s.gs_base),
+             static_cast<unsigned long long>(s.rip));
     u64 offset = c.memory_address - kDataBase;
     if (c.insn.has_mem) {
         result += text("  memory at %llx", static_cast<unsigned long long>(c.memory_address));
@@ -200,16 +226,19 @@ std::string describe(const Case& c) {
     }
     const OpInfo& row = op_info(c.op);
     if (row.attrs & (kFpu | kMmx)) {
-        result += text("\n  fcw %04x fsw %04x ftw %02x", read16(s.legacy + kFcwAt), read16(s.legacy + kFswAt),
-                       s.legacy[kFtwAt]);
-        for (unsigned n = 0; n < 8; ++n) result += text("\n  st%u  ", n) + hex(s.legacy + kStAt + n * 16, 10);
+        result += text("\n  fcw %04x fsw %04x ftw %02x", read16(s.legacy + kFcwAt),
+                       read16(s.legacy + kFswAt), s.legacy[kFtwAt]);
+        for (unsigned n = 0; n < 8; ++n)
+            result += text("\n  st%u  ", n) + hex(s.legacy + kStAt + n * 16, 10);
     }
     if (row.attrs & (kSse | kAvx | kMmx)) {
         u32 mxcsr;
         std::memcpy(&mxcsr, s.legacy + kMxcsrAt, 4);
         result += text("\n  mxcsr %04x", mxcsr);
-        for (unsigned n : {c.insn.reg & 15u, c.insn.rm & 15u, c.insn.vvvv & 15u, c.insn.index & 15u}) {
-            result += text("\n  ymm%u ", n) + hex(s.ymm_high[n], 16) + " " + hex(s.legacy + kXmmAt + n * 16, 16);
+        for (unsigned n :
+             {c.insn.reg & 15u, c.insn.rm & 15u, c.insn.vvvv & 15u, c.insn.index & 15u}) {
+            result += text("\n  ymm%u ", n) + hex(s.ymm_high[n], 16) + " " +
+                      hex(s.legacy + kXmmAt + n * 16, 16);
         }
     }
     return result;

@@ -1,4 +1,5 @@
-// What must be equal between the host's CPU and the interpreter, and the few things that need not be.
+// What must be equal between the host's CPU and the interpreter, and the few things that need not
+// be.
 #pragma once
 
 #include <string>

@@ -1,8 +1,8 @@
-// How cases are made: a random form of the row is encoded and decoded again; registers get values that
-// tend to be interesting; then those that form an address are changed so that it falls where it
-// should: mostly into the data pages, but also across their edges, into the page that can only be
-// read, and where nothing is mapped. Instructions with needs of their own (a divisor that fits, a
-// count that ends, an image that can be loaded) are looked after at the end.
+// How cases are made: a random form of the row is encoded and decoded again; registers get values
+// that tend to be interesting; then those that form an address are changed so that it falls where
+// it should: mostly into the data pages, but also across their edges, into the page that can only
+// be read, and where nothing is mapped. Instructions with needs of their own (a divisor that fits,
+// a count that ends, an image that can be loaded) are looked after at the end.
 #include "oracle_generate.hpp"
 
 #include <cstring>
@@ -17,7 +17,9 @@ using namespace polyvisor::soft;
 
 namespace {
 
-bool starts_with(std::string_view text, std::string_view with) { return text.starts_with(with); }
+bool starts_with(std::string_view text, std::string_view with) {
+    return text.starts_with(with);
+}
 
 bool has(const OpInfo& row, Operand wanted) {
     for (Operand operand : row.operands) {
@@ -28,30 +30,49 @@ bool has(const OpInfo& row, Operand wanted) {
 
 u64 random_integer(Random& random) {
     switch (random.below(8)) {
-        case 0: return random.below(65);
-        case 1: return static_cast<u64>(random.between(-64, 64));
+        case 0:
+            return random.below(65);
+        case 1:
+            return static_cast<u64>(random.between(-64, 64));
         case 2: {
             u64 boundary = bit(random.pick<unsigned>({7, 8, 15, 16, 31, 32, 63}));
             return boundary + static_cast<u64>(random.between(-1, 1));
         }
-        case 3: return static_cast<u32>(random.next());
-        case 4: return random.next() & random.next() & random.next();
-        case 5: return random.next() | random.next() | random.next();
-        default: return random.next();
+        case 3:
+            return static_cast<u32>(random.next());
+        case 4:
+            return random.next() & random.next() & random.next();
+        case 5:
+            return random.next() | random.next() | random.next();
+        default:
+            return random.next();
     }
 }
 
 float random_float(Random& random) {
     u32 bits = static_cast<u32>(random.next());
     switch (random.below(10)) {
-        case 0: bits &= 0x80000000; break;                                // zeros
-        case 1: bits = (bits & 0x80000000) | 0x7f800000; break;           // infinities
-        case 2: bits |= 0x7f800000; break;                                // NaN
-        case 3: bits &= 0x807fffff; break;                                // denormal
-        case 4: return static_cast<float>(random.between(-1000, 1000));
-        case 5: return static_cast<float>(random.between(-1000000, 1000000)) / 256.0f;
-        case 6: break;
-        default: bits = (bits & 0x807fffff) | (96 + random.below(64)) << 23; break;
+        case 0:
+            bits &= 0x80000000;
+            break;  // zeros
+        case 1:
+            bits = (bits & 0x80000000) | 0x7f800000;
+            break;  // infinities
+        case 2:
+            bits |= 0x7f800000;
+            break;  // NaN
+        case 3:
+            bits &= 0x807fffff;
+            break;  // denormal
+        case 4:
+            return static_cast<float>(random.between(-1000, 1000));
+        case 5:
+            return static_cast<float>(random.between(-1000000, 1000000)) / 256.0f;
+        case 6:
+            break;
+        default:
+            bits = (bits & 0x807fffff) | (96 + random.below(64)) << 23;
+            break;
     }
     return std::bit_cast<float>(bits);
 }
@@ -59,14 +80,27 @@ float random_float(Random& random) {
 double random_double(Random& random) {
     u64 bits = random.next();
     switch (random.below(10)) {
-        case 0: bits &= bit(63); break;
-        case 1: bits = (bits & bit(63)) | u64{0x7ff} << 52; break;
-        case 2: bits |= u64{0x7ff} << 52; break;
-        case 3: bits &= ~(u64{0x7ff} << 52); break;
-        case 4: return random.between(-1000, 1000);
-        case 5: return random.between(-1000000, 1000000) / 4096.0;
-        case 6: break;
-        default: bits = (bits & ~(u64{0x7ff} << 52)) | u64{960 + random.below(128)} << 52; break;
+        case 0:
+            bits &= bit(63);
+            break;
+        case 1:
+            bits = (bits & bit(63)) | u64{0x7ff} << 52;
+            break;
+        case 2:
+            bits |= u64{0x7ff} << 52;
+            break;
+        case 3:
+            bits &= ~(u64{0x7ff} << 52);
+            break;
+        case 4:
+            return random.between(-1000, 1000);
+        case 5:
+            return random.between(-1000000, 1000000) / 4096.0;
+        case 6:
+            break;
+        default:
+            bits = (bits & ~(u64{0x7ff} << 52)) | u64{960 + random.below(128)} << 52;
+            break;
     }
     return std::bit_cast<double>(bits);
 }
@@ -91,22 +125,37 @@ void random_vector(Random& random, u8* into) {
 /// An extended-precision value, mostly of a kind that arithmetic makes.
 void random_extended(Random& random, u8* into) {
     u64 mantissa = random.next() | bit(63);
-    u16 sign = random.one_in(2) ? 0x8000 : 0, exponent = static_cast<u16>(0x3fff + random.between(-40, 40));
+    u16 sign = random.one_in(2) ? 0x8000 : 0,
+        exponent = static_cast<u16>(0x3fff + random.between(-40, 40));
     switch (random.below(12)) {
-        case 0: mantissa = 0, exponent = 0; break;
-        case 1: mantissa = bit(63), exponent = 0x7fff; break;
-        case 2: exponent = 0x7fff; break;
-        case 3: mantissa &= ~bit(63), exponent = 0; break;
-        case 4: exponent = static_cast<u16>(random.next() & 0x7fff); break;
-        case 5: mantissa = random.next(), exponent = static_cast<u16>(random.next() & 0x7fff); break;
-        case 6: case 7: {
+        case 0:
+            mantissa = 0, exponent = 0;
+            break;
+        case 1:
+            mantissa = bit(63), exponent = 0x7fff;
+            break;
+        case 2:
+            exponent = 0x7fff;
+            break;
+        case 3:
+            mantissa &= ~bit(63), exponent = 0;
+            break;
+        case 4:
+            exponent = static_cast<u16>(random.next() & 0x7fff);
+            break;
+        case 5:
+            mantissa = random.next(), exponent = static_cast<u16>(random.next() & 0x7fff);
+            break;
+        case 6:
+        case 7: {
             u64 integer = random.below(1 << 20) + 1;
             unsigned shift = static_cast<unsigned>(std::countl_zero(integer));
             mantissa = integer << shift;
             exponent = static_cast<u16>(0x3fff + 63 - shift);
             break;
         }
-        default: break;
+        default:
+            break;
     }
     exponent |= sign;
     std::memcpy(into, &mantissa, 8);
@@ -137,8 +186,8 @@ void random_fpu(Random& random, UserState& s, const OpInfo& row) {
     if (random.one_in(4)) mxcsr |= 1 << 15;
     if (random.one_in(4)) mxcsr |= 1 << 6;
     if (random.one_in(3)) mxcsr |= random.below(64);
-    // Underflow stays masked: unmasked it is signalled for exact results as well, which the interpreter,
-    // that runs with everything masked, cannot see.
+    // Underflow stays masked: unmasked it is signalled for exact results as well, which the
+    // interpreter, that runs with everything masked, cannot see.
     if (random.one_in(10)) mxcsr &= ~((random.below(64) & 0x2f) << 7);
     std::memcpy(s.legacy + kMxcsrAt, &mxcsr, 4);
     u32 mask = 0xffff;
@@ -155,15 +204,27 @@ u64 choose_address(Random& random, unsigned size, u64 alignment) {
     u64 limit = kWritableSize - size;
     auto inside = [&] { return kDataBase + random.below(static_cast<u32>(limit + 1)); };
     switch (random.below(24)) {
-        case 0: return kDataBase + 4096 - random.below(size + 1);                       // two pages, both mapped
-        case 1: return kDataBase + 4096 - size;                                         // up to a page's end
-        case 2: return align_down(kDataBase + kWritableSize - random.below(size + 1), random.one_in(2) ? 1 : alignment);
-        case 3: return kDataBase + kDataSize - random.below(size + 1);                  // into the hole behind
-        case 4: return kDataBase - random.below(size + 1);                              // out of the hole before
-        case 5: return kDataBase + kWritableSize + random.below(4000);                  // can only be read
-        case 6: return random.one_in(2) ? kDataBase + 0x100000 + random.below(4096) : random_integer(random);
-        case 7: case 8: return inside();
-        default: return align_down(inside(), alignment);
+        case 0:
+            return kDataBase + 4096 - random.below(size + 1);  // two pages, both mapped
+        case 1:
+            return kDataBase + 4096 - size;  // up to a page's end
+        case 2:
+            return align_down(kDataBase + kWritableSize - random.below(size + 1),
+                              random.one_in(2) ? 1 : alignment);
+        case 3:
+            return kDataBase + kDataSize - random.below(size + 1);  // into the hole behind
+        case 4:
+            return kDataBase - random.below(size + 1);  // out of the hole before
+        case 5:
+            return kDataBase + kWritableSize + random.below(4000);  // can only be read
+        case 6:
+            return random.one_in(2) ? kDataBase + 0x100000 + random.below(4096)
+                                    : random_integer(random);
+        case 7:
+        case 8:
+            return inside();
+        default:
+            return align_down(inside(), alignment);
     }
 }
 
@@ -210,7 +271,8 @@ u64 effective(const Case& c) {
     } else if (i.base != kNoReg) {
         address += c.before.gpr[i.base];
     }
-    if (i.index != kNoReg && !has(op_info(c.op), Operand::VMx)) address += c.before.gpr[i.index] << i.scale;
+    if (i.index != kNoReg && !has(op_info(c.op), Operand::VMx))
+        address += c.before.gpr[i.index] << i.scale;
     return (address & address_mask(i)) + segment_base(c);
 }
 
@@ -229,7 +291,8 @@ void aim(Random& random, Case& c, const Encoded& encoded, u64 target) {
         if (indexed && random.one_in(2)) s.gpr[i.index] = random_integer(random);
         u64 index = indexed ? s.gpr[i.index] << i.scale : 0;
         u64 value = offset - static_cast<u64>(i.disp) - index;
-        if (i.addrsize == 4 && c.size == CodeSize::k64 && random.one_in(2)) value ^= random.next() << 32;
+        if (i.addrsize == 4 && c.size == CodeSize::k64 && random.one_in(2))
+            value ^= random.next() << 32;
         s.gpr[i.base] = value;
     } else if (encoded.disp_at != 0) {
         if (indexed) s.gpr[i.index] = random.below(256);
@@ -263,12 +326,14 @@ void aim_implicit(Random& random, Case& c) {
     UserState& s = c.before;
     std::string_view m = row.mnemonic;
     // The stack is somewhere in the writable pages, with room on both sides, or now and then not.
-    s.gpr[kRsp] = random.one_in(8) ? choose_address(random, 8, 8) : kDataBase + 512 + random.below(7000);
+    s.gpr[kRsp] =
+        random.one_in(8) ? choose_address(random, 8, 8) : kDataBase + 512 + random.below(7000);
     if (m == "enter" || m == "leave") s.gpr[kRbp] = choose_address(random, 8, 8);
     if (m == "xlat") {
         s.gpr[kRbx] = choose_address(random, 1, 1) - (s.gpr[kRax] & 0xff) - segment_base(c);
     }
-    if (m.find("maskmov") != std::string_view::npos) s.gpr[kRdi] = choose_address(random, 16, 1) - segment_base(c);
+    if (m.find("maskmov") != std::string_view::npos)
+        s.gpr[kRdi] = choose_address(random, 16, 1) - segment_base(c);
     if (row.attrs & kString) {
         unsigned size = memory_size(c.insn) ? memory_size(c.insn) : c.insn.opsize;
         bool repeat = c.insn.prefixes & (kPrefixRep | kPrefixRepne);
@@ -315,7 +380,8 @@ void care(Random& random, Case& c) {
         }
     } else if (starts_with(row.mnemonic, "bt") && i.has_mem && has(row, Operand::Gv)) {
         if (i.reg != i.base && i.reg != i.index) {
-            s.gpr[i.reg] = (s.gpr[i.reg] & ~u64{0xffffffff}) | static_cast<u32>(random.between(-4000, 4000));
+            s.gpr[i.reg] =
+                (s.gpr[i.reg] & ~u64{0xffffffff}) | static_cast<u32>(random.between(-4000, 4000));
             if (i.opsize == 8) s.gpr[i.reg] = static_cast<u64>(random.between(-4000, 4000));
         }
     } else if (row.mnemonic == "ldmxcsr" || row.mnemonic == "vldmxcsr") {
@@ -334,7 +400,8 @@ void care(Random& random, Case& c) {
     } else if (starts_with(row.mnemonic, "wrfsbase") || starts_with(row.mnemonic, "wrgsbase")) {
         if (random.one_in(2)) s.gpr[i.rm] &= 0x7fffffffffff;
     } else if (row.mnemonic == "cvtpi2ps" && i.has_mem) {
-        s.legacy[kFswAt] &= 0x7f;  // whether a pending x87 exception counts then differs between CPUs
+        s.legacy[kFswAt] &=
+            0x7f;  // whether a pending x87 exception counts then differs between CPUs
         s.legacy[kFswAt + 1] &= 0x7f;
         s.legacy[kFcwAt] |= 0x3f;
     } else if (row.mnemonic == "ret" || row.mnemonic == "jmp" || row.mnemonic == "call") {
@@ -345,8 +412,8 @@ void care(Random& random, Case& c) {
         if (memory && row.mnemonic != "ret") std::memcpy(memory, &target, 8);
         if (row.operands[0] == Operand::Ev && !i.has_mem) s.gpr[i.rm] = target;
     } else if (row.mnemonic == "popf") {
-        // The trap flag would stop the host, not the instruction under test; NT and ID would stay set in
-        // the child, where the tracer cannot clear them.
+        // The trap flag would stop the host, not the instruction under test; NT and ID would stay
+        // set in the child, where the tracer cannot clear them.
         if (u8* top = data_at(c, s.gpr[kRsp], 8)) {
             top[1] &= ~0x41;
             top[2] &= ~0x20;
@@ -368,7 +435,8 @@ bool alignment_is_checked(const OpInfo& row) {
 
 }  // namespace
 
-bool make_case(Op op, CodeSize size, const FeatureSet& features, u64 code_address, Random& random, Case& c) {
+bool make_case(Op op, CodeSize size, const FeatureSet& features, u64 code_address, Random& random,
+               Case& c) {
     const OpInfo& row = op_info(op);
     bool address_matters = can_be_memory(row) || (row.attrs & kString) || row.mnemonic == "xlat" ||
                            row.mnemonic.find("maskmov") != std::string_view::npos ||
@@ -384,7 +452,8 @@ bool make_case(Op op, CodeSize size, const FeatureSet& features, u64 code_addres
                         ? static_cast<s64>(choose_address(random, 8, 8))
                         : random.between(-128, 127);
         // CPUs of AMD and Intel differ: the interpreter ignores 66 there, as Intel's do.
-        if (size == CodeSize::k64 && (row.attrs & kForce64) && (row.attrs & kEndsBlock)) form.opsize = false;
+        if (size == CodeSize::k64 && (row.attrs & kForce64) && (row.attrs & kEndsBlock))
+            form.opsize = false;
         // AMD's take F2 and F3 before LOOPcc for the condition; nobody documents that.
         if (starts_with(row.mnemonic, "loop")) form.repeat = 0;
         if (form.disp_size == 4) form.disp = static_cast<s32>(random.next());
@@ -393,7 +462,8 @@ bool make_case(Op op, CodeSize size, const FeatureSet& features, u64 code_addres
         c.size = size;
         c.code_address = code_address;
         std::memcpy(c.code, encoded.bytes, sizeof c.code);
-        if (row.mnemonic == "enter" && c.code[encoded.opcode_end + 1] > 8) continue;  // a frame that fits
+        if (row.mnemonic == "enter" && c.code[encoded.opcode_end + 1] > 8)
+            continue;  // a frame that fits
         if (decode({c.code, sizeof c.code}, size, features, c.insn) != DecodeStatus::kOk) continue;
         if (c.insn.op != op) continue;
 
@@ -420,7 +490,8 @@ bool make_case(Op op, CodeSize size, const FeatureSet& features, u64 code_addres
             u64 alignment = bytes == 0 ? 1 : std::bit_floor(u64{bytes > 64 ? 16 : bytes});
             u64 target = choose_address(random, bytes, alignment);
             // Locked accesses that are not aligned may be slow, or trapped, on the host.
-            if (c.insn.prefixes & kPrefixLock || starts_with(row.mnemonic, "xchg")) target = align_down(target, alignment);
+            if (c.insn.prefixes & kPrefixLock || starts_with(row.mnemonic, "xchg"))
+                target = align_down(target, alignment);
             aim(random, c, encoded, target);
             if (has(row, Operand::VMx)) aim_gather(random, c);
         }
@@ -433,10 +504,12 @@ bool make_case(Op op, CodeSize size, const FeatureSet& features, u64 code_addres
             for (u64& value : s.gpr) value = static_cast<u32>(value);
         }
         c.memory_address = c.insn.has_mem ? effective(c) : 0;
-        // The offset in FS or GS is canonical too: AMD's CPUs look at that before they add the base.
+        // The offset in FS or GS is canonical too: AMD's CPUs look at that before they add the
+        // base.
         if (size == CodeSize::k64 && c.insn.has_mem) {
             u64 offset = c.memory_address - segment_base(c);
-            if (static_cast<u64>(sign_extend(offset, 48)) != offset && segment_base(c) != 0) continue;
+            if (static_cast<u64>(sign_extend(offset, 48)) != offset && segment_base(c) != 0)
+                continue;
         }
         // DPPS and DPPD end early when an unmasked exception comes up in their first stage.
         if (row.mnemonic.find("dpp") != std::string_view::npos) {

@@ -1,8 +1,9 @@
 // The child maps the oracle's pages at their fixed addresses and stops. For each case the tracer
 // writes code and data through its own mapping of the same memory, sets all registers, and lets the
 // child go on: by single step when the instruction may transfer control, else until the INT3 that
-// stands behind it, because a trap flag would show in what PUSHF stores and would stop REP after every
-// iteration. Signals that the instruction raises are caught by the tracer and never delivered.
+// stands behind it, because a trap flag would show in what PUSHF stores and would stop REP after
+// every iteration. Signals that the instruction raises are caught by the tracer and never
+// delivered.
 #include "oracle_native.hpp"
 
 #include <cpuid.h>
@@ -36,8 +37,8 @@ constexpr unsigned kXstateBv = 512;
 [[noreturn]] void child_main(int code_fd, int data_fd) {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     auto map = [](u64 address, u64 size, int prot, int fd, u64 offset) {
-        void* at = mmap(reinterpret_cast<void*>(address), size, prot, MAP_SHARED | MAP_FIXED_NOREPLACE, fd,
-                        static_cast<off_t>(offset));
+        void* at = mmap(reinterpret_cast<void*>(address), size, prot,
+                        MAP_SHARED | MAP_FIXED_NOREPLACE, fd, static_cast<off_t>(offset));
         if (at != reinterpret_cast<void*>(address)) _exit(2);
     };
     map(kCodeBase, kCodeSize, PROT_READ | PROT_EXEC, code_fd, 0);
@@ -50,7 +51,9 @@ constexpr unsigned kXstateBv = 512;
 
 }  // namespace
 
-NativeCpu::NativeCpu() { start(); }
+NativeCpu::NativeCpu() {
+    start();
+}
 
 void NativeCpu::start() {
     unsigned eax, ebx, ecx, edx;
@@ -61,12 +64,15 @@ void NativeCpu::start() {
 
     int code_fd = memfd_create("oracle-code", MFD_CLOEXEC);
     int data_fd = memfd_create("oracle-data", MFD_CLOEXEC);
-    if (code_fd < 0 || data_fd < 0 || ftruncate(code_fd, kCodeSize) != 0 || ftruncate(data_fd, kDataSize) != 0) {
+    if (code_fd < 0 || data_fd < 0 || ftruncate(code_fd, kCodeSize) != 0 ||
+        ftruncate(data_fd, kDataSize) != 0) {
         unusable_ = "memfd_create failed";
         return;
     }
-    code_ = static_cast<u8*>(mmap(nullptr, kCodeSize, PROT_READ | PROT_WRITE, MAP_SHARED, code_fd, 0));
-    data_ = static_cast<u8*>(mmap(nullptr, kDataSize, PROT_READ | PROT_WRITE, MAP_SHARED, data_fd, 0));
+    code_ =
+        static_cast<u8*>(mmap(nullptr, kCodeSize, PROT_READ | PROT_WRITE, MAP_SHARED, code_fd, 0));
+    data_ =
+        static_cast<u8*>(mmap(nullptr, kDataSize, PROT_READ | PROT_WRITE, MAP_SHARED, data_fd, 0));
     child_ = fork();
     if (child_ == 0) child_main(code_fd, data_fd);
     close(code_fd);
@@ -93,9 +99,9 @@ NativeCpu::~NativeCpu() {
 bool NativeCpu::set_state(const Case& c) {
     const UserState& s = c.before;
     user_regs_struct regs{};
-    unsigned long long* const kOrder[16] = {&regs.rax, &regs.rcx, &regs.rdx, &regs.rbx, &regs.rsp, &regs.rbp,
-                                            &regs.rsi, &regs.rdi, &regs.r8,  &regs.r9,  &regs.r10, &regs.r11,
-                                            &regs.r12, &regs.r13, &regs.r14, &regs.r15};
+    unsigned long long* const kOrder[16] = {
+        &regs.rax, &regs.rcx, &regs.rdx, &regs.rbx, &regs.rsp, &regs.rbp, &regs.rsi, &regs.rdi,
+        &regs.r8,  &regs.r9,  &regs.r10, &regs.r11, &regs.r12, &regs.r13, &regs.r14, &regs.r15};
     for (unsigned n = 0; n < 16; ++n) *kOrder[n] = s.gpr[n];
     regs.rip = s.rip;
     regs.eflags = s.rflags | kFlagI;
@@ -123,9 +129,9 @@ bool NativeCpu::set_state(const Case& c) {
 bool NativeCpu::get_state(UserState& s) {
     user_regs_struct regs;
     if (ptrace(PTRACE_GETREGS, child_, nullptr, &regs) != 0) return false;
-    const unsigned long long order[16] = {regs.rax, regs.rcx, regs.rdx, regs.rbx, regs.rsp, regs.rbp,
-                                          regs.rsi, regs.rdi, regs.r8,  regs.r9,  regs.r10, regs.r11,
-                                          regs.r12, regs.r13, regs.r14, regs.r15};
+    const unsigned long long order[16] = {
+        regs.rax, regs.rcx, regs.rdx, regs.rbx, regs.rsp, regs.rbp, regs.rsi, regs.rdi,
+        regs.r8,  regs.r9,  regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15};
     for (unsigned n = 0; n < 16; ++n) s.gpr[n] = order[n];
     s.rip = regs.rip;
     s.rflags = regs.eflags;
@@ -143,7 +149,9 @@ void NativeCpu::classify(Outcome& outcome, int signal, const Case& c) {
     ptrace(PTRACE_GETSIGINFO, child_, nullptr, &info);
     const OpInfo& row = op_info(c.op);
     switch (signal) {
-        case SIGILL: outcome.vector = kUd; break;
+        case SIGILL:
+            outcome.vector = kUd;
+            break;
         case SIGFPE:
             if (info.si_code == FPE_INTDIV) {
                 outcome.vector = kDe;
@@ -151,7 +159,9 @@ void NativeCpu::classify(Outcome& outcome, int signal, const Case& c) {
                 outcome.vector = row.attrs & (kFpu | kMmx) ? kMf : kXm;
             }
             break;
-        case SIGBUS: outcome.vector = info.si_code == BUS_ADRALN ? kAcFault : kSsFault; break;
+        case SIGBUS:
+            outcome.vector = info.si_code == BUS_ADRALN ? kAcFault : kSsFault;
+            break;
         case SIGSEGV:
             if (info.si_code == SEGV_MAPERR || info.si_code == SEGV_ACCERR) {
                 outcome.vector = kPf;

@@ -19,7 +19,8 @@ constexpr u64 kGdt = 0x8000, kIdt = 0x9000, kTss = 0xa000, kHandlers = 0xb000, k
 constexpr u64 kDataPhysical = 0x100000, kCodePhysical = 0x1000000;
 constexpr u64 kLowSize = 0x200000;
 
-constexpr u64 kPresent = 1, kWritable = 2, kUser = 4, kAccessed = 0x20, kDirty = 0x40, kLarge = 0x80;
+constexpr u64 kPresent = 1, kWritable = 2, kUser = 4, kAccessed = 0x20, kDirty = 0x40,
+              kLarge = 0x80;
 
 constexpr u16 kKernelCs = 0x10, kTssSelector = 0x40;
 constexpr u64 kHandlerSize = 16;
@@ -39,17 +40,21 @@ Segment null_segment() {
     return segment;
 }
 
-bool pushes_error(int vector) { return vector == 8 || (vector >= 10 && vector <= 14) || vector == 17; }
+bool pushes_error(int vector) {
+    return vector == 8 || (vector >= 10 && vector <= 14) || vector == 17;
+}
 
 }  // namespace
 
 SoftCpu::SoftCpu(bool generic)
-    : pio_("pio", 0x10000), mmio_("mmio", u64{1} << 40),
+    : pio_("pio", 0x10000),
+      mmio_("mmio", u64{1} << 40),
       cpuid_(make_cpuid_policy("host", implemented_features(), 1, 1'000'000)) {
     memory_.add(Gpa(0), kLowSize, "low");
     memory_.add(Gpa(kCodePhysical), kCodeSize, "code");
     make_system();
-    EngineConfig config{.memory = memory_, .pio = pio_, .mmio = mmio_, .clock = clock_, .cpuid = cpuid_};
+    EngineConfig config{
+        .memory = memory_, .pio = pio_, .mmio = mmio_, .clock = clock_, .cpuid = cpuid_};
     engine_ = create_engine(config);
     vcpu_ = engine_->create_vcpu(0, nullptr);
     if (generic) static_cast<SoftVcpu&>(*vcpu_).set_generic_only();
@@ -58,7 +63,9 @@ SoftCpu::SoftCpu(bool generic)
 SoftCpu::~SoftCpu() = default;
 
 void SoftCpu::make_system() {
-    auto entry = [&](u64 table, u64 index, u64 value) { memory_.store<u64>(Gpa(table + index * 8), value); };
+    auto entry = [&](u64 table, u64 index, u64 value) {
+        memory_.store<u64>(Gpa(table + index * 8), value);
+    };
     // Accessed and dirty bits are set beforehand: setting them is not what is tested here.
     constexpr u64 kTable = kPresent | kWritable | kUser | kAccessed;
     entry(kPml4, 0, kPdpt | kTable);
@@ -68,12 +75,14 @@ void SoftCpu::make_system() {
         entry(kPtLow, page, page * kPageSize | kPresent | kWritable | kAccessed | kDirty);
     }
     for (u64 at = 0; at < kCodeSize; at += 2 << 20) {
-        entry(kPd, (kCodeBase + at) >> 21, (kCodePhysical + at) | kPresent | kUser | kLarge | kAccessed);
+        entry(kPd, (kCodeBase + at) >> 21,
+              (kCodePhysical + at) | kPresent | kUser | kLarge | kAccessed);
     }
     entry(kPd, kDataBase >> 21, kPtData | kTable);
     for (u64 page = 0; page < kDataPages; ++page) {
         u64 writable = page * kPageSize < kWritableSize ? kWritable | kDirty : 0;
-        entry(kPtData, page, (kDataPhysical + page * kPageSize) | kPresent | kUser | kAccessed | writable);
+        entry(kPtData, page,
+              (kDataPhysical + page * kPageSize) | kPresent | kUser | kAccessed | writable);
     }
 
     entry(kGdt, 2, 0x00209b0000000000);  // kernel code, 64-bit
@@ -87,8 +96,9 @@ void SoftCpu::make_system() {
     for (u64 vector = 0; vector < 32; ++vector) {
         u64 handler = kHandlers + vector * kHandlerSize;
         u64 dpl = vector == 3 || vector == 4 ? 3 : 0;
-        entry(kIdt, vector * 2, (handler & 0xffff) | u64{kKernelCs} << 16 | (0x8e00 | dpl << 13) << 32 |
-                                    (handler >> 16 & 0xffff) << 48);
+        entry(kIdt, vector * 2,
+              (handler & 0xffff) | u64{kKernelCs} << 16 | (0x8e00 | dpl << 13) << 32 |
+                  (handler >> 16 & 0xffff) << 48);
         entry(kIdt, vector * 2 + 1, handler >> 32);
         memory_.store<u8>(Gpa(handler), 0xf4);  // HLT
     }
@@ -122,7 +132,8 @@ Outcome SoftCpu::run(const Case& c) {
     state.idtr = {kIdt, 32 * 16 - 1};
     state.cr0 = 0x80050033;  // PG AM WP NE ET MP PE
     state.cr3 = kPml4;
-    state.cr4 = bit(5) | bit(9) | bit(10) | bit(16) | bit(18);  // PAE OSFXSR OSXMMEXCPT FSGSBASE OSXSAVE
+    state.cr4 =
+        bit(5) | bit(9) | bit(10) | bit(16) | bit(18);  // PAE OSFXSR OSXMMEXCPT FSGSBASE OSXSAVE
     state.xcr0 = cpuid_.features.has(Feature::kAvx) ? 7 : 3;
     state.msr.efer = bit(0) | bit(8) | bit(10) | bit(11);  // SCE LME LMA NXE
     std::memcpy(state.fpu.legacy.data(), s.legacy, 512);
@@ -155,9 +166,11 @@ Outcome SoftCpu::run(const Case& c) {
         outcome.has_error = pushes_error(outcome.vector);
         u64 frame = kStackTop - 40;
         if (outcome.has_error) outcome.error = memory_.load<u32>(Gpa(frame - 8));
-        if (after.gpr[kRsp] != frame - (outcome.has_error ? 8 : 0)) return failed("the exception frame is misplaced");
+        if (after.gpr[kRsp] != frame - (outcome.has_error ? 8 : 0))
+            return failed("the exception frame is misplaced");
         a.rip = memory_.load<u64>(Gpa(frame));
-        if (memory_.load<u64>(Gpa(frame + 8)) != state.segments[kCs].selector) return failed("CS was pushed wrongly");
+        if (memory_.load<u64>(Gpa(frame + 8)) != state.segments[kCs].selector)
+            return failed("CS was pushed wrongly");
         a.rflags = memory_.load<u64>(Gpa(frame + 16));
         a.gpr[kRsp] = memory_.load<u64>(Gpa(frame + 24));
         outcome.has_address = outcome.vector == kPf;

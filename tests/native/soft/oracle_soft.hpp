@@ -1,5 +1,6 @@
-// Runs Cases on the soft engine: a long-mode guest with the oracle's pages mapped for user mode, one
-// instruction at a time. Exceptions are taken through a real IDT, so their delivery is tested as well.
+// Runs Cases on the soft engine: a long-mode guest with the oracle's pages mapped for user mode,
+// one instruction at a time. Exceptions are taken through a real IDT, so their delivery is tested
+// as well.
 #pragma once
 
 #include <memory>

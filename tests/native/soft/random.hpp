@@ -24,7 +24,8 @@ class Random {
         return static_cast<polyvisor::u32>((next() >> 32) * limit >> 32);
     }
     polyvisor::s32 between(polyvisor::s32 low, polyvisor::s32 high) {
-        return low + static_cast<polyvisor::s32>(below(static_cast<polyvisor::u32>(high - low + 1)));
+        return low +
+               static_cast<polyvisor::s32>(below(static_cast<polyvisor::u32>(high - low + 1)));
     }
     bool one_in(polyvisor::u32 n) { return below(n) == 0; }
     template <class T>

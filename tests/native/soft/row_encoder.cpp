@@ -2,7 +2,6 @@
 
 #include "cpu/state.hpp"
 
-
 namespace pvtest {
 
 using namespace polyvisor;
@@ -16,7 +15,8 @@ bool is_vex(const OpInfo& row) {
 
 bool has_memory_operand(const OpInfo& row) {
     for (Operand operand : row.operands) {
-        if (operand != Operand::Ob && operand != Operand::Ov && is_memory_operand(operand)) return true;
+        if (operand != Operand::Ob && operand != Operand::Ov && is_memory_operand(operand))
+            return true;
     }
     return false;
 }
@@ -48,11 +48,20 @@ void vex_prefix(Bytes& out, const OpInfo& row, const Form& form, u8 rex, Random&
     u8 vvvv = row.attrs & kVvvvUnused ? 15 : 15 - form.vvvv;
     u8 pp = 0;
     switch (row.prefix) {
-        case Mandatory::Any: pp = static_cast<u8>(random.below(4)); break;
-        case Mandatory::NP: break;
-        case Mandatory::P66: pp = 1; break;
-        case Mandatory::PF3: pp = 2; break;
-        case Mandatory::PF2: pp = 3; break;
+        case Mandatory::Any:
+            pp = static_cast<u8>(random.below(4));
+            break;
+        case Mandatory::NP:
+            break;
+        case Mandatory::P66:
+            pp = 1;
+            break;
+        case Mandatory::PF3:
+            pp = 2;
+            break;
+        case Mandatory::PF2:
+            pp = 3;
+            break;
     }
     u8 last = static_cast<u8>(vvvv << 3 | l << 2 | pp);
     u8 inverted_r = rex & 4 ? 0 : 0x80;
@@ -114,18 +123,28 @@ void memory_operand(Bytes& out, Encoded& encoded, const Form& form, u8 reg, bool
 
 bool can_be_memory(const OpInfo& row) {
     switch (row.ext.kind) {
-        case OpExt::kMem: case OpExt::kGroupMem: return true;
-        case OpExt::kAny: case OpExt::kGroup: return has_memory_operand(row);
-        case OpExt::kFull: return row.ext.value < 0xc0;
-        default: return false;
+        case OpExt::kMem:
+        case OpExt::kGroupMem:
+            return true;
+        case OpExt::kAny:
+        case OpExt::kGroup:
+            return has_memory_operand(row);
+        case OpExt::kFull:
+            return row.ext.value < 0xc0;
+        default:
+            return false;
     }
 }
 
 bool can_be_register(const OpInfo& row) {
     switch (row.ext.kind) {
-        case OpExt::kMem: case OpExt::kGroupMem: return false;
-        case OpExt::kFull: return row.ext.value >= 0xc0;
-        default: return true;
+        case OpExt::kMem:
+        case OpExt::kGroupMem:
+            return false;
+        case OpExt::kFull:
+            return row.ext.value >= 0xc0;
+        default:
+            return true;
     }
 }
 
@@ -138,8 +157,8 @@ Encoded encode(const OpInfo& row, const Form& form, Random& random) {
                  row.ext.kind == OpExt::kGroupReg;
     if (group) reg = (reg & 8) | row.ext.value;
     u8 rex = 0;
-    bool address16 = form.size == CodeSize::k16 ? !form.addrsize
-                                                 : form.size == CodeSize::k32 && form.addrsize;
+    bool address16 =
+        form.size == CodeSize::k16 ? !form.addrsize : form.size == CodeSize::k32 && form.addrsize;
     if (form.size == CodeSize::k64) {
         if (has_modrm && row.ext.kind != OpExt::kFull) rex |= (reg & 8) >> 1;
         if (form.memory) {
@@ -203,7 +222,8 @@ Form random_form(const OpInfo& row, CodeSize size, Random& random) {
         form.base = static_cast<u8>(random.below(registers + 1));
         if (form.base == registers) form.base = kNoReg;
         form.index = static_cast<u8>(random.below(registers + 1));
-        if (form.index == registers || (form.index == kRsp && !has(row, Operand::VMx))) form.index = kNoReg;
+        if (form.index == registers || (form.index == kRsp && !has(row, Operand::VMx)))
+            form.index = kNoReg;
         if (form.index == kNoReg && has(row, Operand::VMx)) form.index = 1;
         if (size == CodeSize::k64 && random.one_in(8) && !has(row, Operand::VMx)) {
             form.base = kRipReg;

@@ -10,17 +10,18 @@ namespace pvtest {
 struct Form {
     polyvisor::soft::CodeSize size = polyvisor::soft::CodeSize::k64;
     bool memory = false;
-    polyvisor::u8 reg = 0;    ///< ModRM.reg with its extension; of group rows only the extension counts
-    polyvisor::u8 rm = 0;     ///< register operand in ModRM.rm or the opcode
-    polyvisor::u8 vvvv = 0;   ///< VEX
+    polyvisor::u8 reg =
+        0;  ///< ModRM.reg with its extension; of group rows only the extension counts
+    polyvisor::u8 rm = 0;    ///< register operand in ModRM.rm or the opcode
+    polyvisor::u8 vvvv = 0;  ///< VEX
     bool w = false;
     bool l = false;
-    bool opsize = false;      ///< a 66 prefix that is not mandatory
+    bool opsize = false;  ///< a 66 prefix that is not mandatory
     bool addrsize = false;
     bool lock = false;
-    polyvisor::u8 repeat = 0; ///< 0, F2 or F3, not mandatory
+    polyvisor::u8 repeat = 0;   ///< 0, F2 or F3, not mandatory
     polyvisor::u8 segment = 0;  ///< 0 or the prefix byte
-    bool spare_rex = false;   ///< a REX prefix (or the long VEX form) though nothing needs it
+    bool spare_rex = false;     ///< a REX prefix (or the long VEX form) though nothing needs it
 
     // Memory operand. With base and index kNoReg an absolute disp32. kRipReg as in Insn.
     polyvisor::u8 base = polyvisor::soft::kNoReg;
@@ -40,11 +41,12 @@ struct Encoded {
 bool can_be_memory(const polyvisor::soft::OpInfo& row);
 bool can_be_register(const polyvisor::soft::OpInfo& row);
 
-/// Fields of `form` that the row prescribes (W, L, vvvv unused) win over the form. In 16-bit code, or
-/// with 16-bit addresses, the memory operand's registers are those of ModRM `rm` and mod 0.
+/// Fields of `form` that the row prescribes (W, L, vvvv unused) win over the form. In 16-bit code,
+/// or with 16-bit addresses, the memory operand's registers are those of ModRM `rm` and mod 0.
 Encoded encode(const polyvisor::soft::OpInfo& row, const Form& form, Random& random);
 
 /// Random choices, with registers 0..7 outside 64-bit mode.
-Form random_form(const polyvisor::soft::OpInfo& row, polyvisor::soft::CodeSize size, Random& random);
+Form random_form(const polyvisor::soft::OpInfo& row, polyvisor::soft::CodeSize size,
+                 Random& random);
 
 }  // namespace pvtest

@@ -1,5 +1,5 @@
-// The decoder against Zydis: random bytes in all three code sizes, every truncation, and the code of
-// a real kernel when POLYVISOR_TEST_VMLINUX names one.
+// The decoder against Zydis: random bytes in all three code sizes, every truncation, and the code
+// of a real kernel when POLYVISOR_TEST_VMLINUX names one.
 //
 //   POLYVISOR_TEST_SEED=n   another random sequence (the seed is printed)
 //   POLYVISOR_TEST_COUNT=n  instructions per code size (default 1500000)
@@ -25,18 +25,26 @@ using pvtest::Random;
 
 /// Bytes that look like an instruction: some prefixes, an escape or VEX, then noise.
 void make_bytes(Random& random, CodeSize size, u8 (&bytes)[16]) {
-    static constexpr u8 kPrefixes[] = {0x66, 0x67, 0xf0, 0xf2, 0xf3, 0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65, 0x66,
-                                       0xf2, 0xf3};
+    static constexpr u8 kPrefixes[] = {0x66, 0x67, 0xf0, 0xf2, 0xf3, 0x26, 0x2e,
+                                       0x36, 0x3e, 0x64, 0x65, 0x66, 0xf2, 0xf3};
     for (u8& byte : bytes) byte = static_cast<u8>(random.next() >> 40);
     unsigned at = 0;
     unsigned count = random.one_in(3) ? random.below(4) : 0;
     if (random.one_in(200)) count = random.below(14);
     for (unsigned n = 0; n < count; ++n) bytes[at++] = kPrefixes[random.below(sizeof kPrefixes)];
-    if (size == CodeSize::k64 && random.one_in(3) && at < 14) bytes[at++] = static_cast<u8>(0x40 | random.below(16));
+    if (size == CodeSize::k64 && random.one_in(3) && at < 14)
+        bytes[at++] = static_cast<u8>(0x40 | random.below(16));
     if (at > 9) return;
     switch (random.below(10)) {
-        case 0: case 1: case 2: break;
-        case 3: case 4: case 5: bytes[at++] = 0x0f; break;
+        case 0:
+        case 1:
+        case 2:
+            break;
+        case 3:
+        case 4:
+        case 5:
+            bytes[at++] = 0x0f;
+            break;
         case 6:
             bytes[at++] = 0x0f;
             bytes[at++] = random.one_in(3) ? 0x3a : 0x38;
@@ -51,7 +59,9 @@ void make_bytes(Random& random, CodeSize size, u8 (&bytes)[16]) {
             if (size != CodeSize::k64) bytes[at] |= 0xc0;
             if (random.one_in(2)) bytes[at + 1] |= 0x78;
             break;
-        default: bytes[at++] = static_cast<u8>(0xd8 + random.below(8)); break;
+        default:
+            bytes[at++] = static_cast<u8>(0xd8 + random.below(8));
+            break;
     }
 }
 
@@ -86,8 +96,8 @@ void random_bytes(u64 seed, u64 count) {
             if (!key.empty()) disagreements.note(key, peer.disassemble(bytes));
         }
         pvtest::checks += static_cast<int>(count);
-        std::fprintf(stderr, "%s: %lu valid, %lu invalid for both, %lu known differences\n", kSizeNames[n],
-                     peer.both_valid, peer.both_invalid, peer.excused);
+        std::fprintf(stderr, "%s: %lu valid, %lu invalid for both, %lu known differences\n",
+                     kSizeNames[n], peer.both_valid, peer.both_invalid, peer.excused);
         CHECK(peer.both_valid > count / 3);
         disagreements.report(kSizeNames[n]);
     }
@@ -109,14 +119,16 @@ void truncation(u64 seed) {
             // An exact-size heap copy, so that an address sanitizer sees any read beyond it.
             std::vector<u8> part(bytes, bytes + length);
             Insn insn;
-            good &= decode(part, size, features, insn) == DecodeStatus::kTruncated && insn.length <= length;
+            good &= decode(part, size, features, insn) == DecodeStatus::kTruncated &&
+                    insn.length <= length;
         }
         Insn exact;
         good &= decode({bytes, whole.length}, size, features, exact) == DecodeStatus::kOk;
         good &= exact == whole;
         ++pvtest::checks;
         if (!good) {
-            pvtest::fail(__FILE__, __LINE__, "truncation of " + pvtest::ZydisPeer(size).disassemble(bytes));
+            pvtest::fail(__FILE__, __LINE__,
+                         "truncation of " + pvtest::ZydisPeer(size).disassemble(bytes));
         }
     }
 }
@@ -142,9 +154,11 @@ void absent_features() {
     FeatureSet features = pvtest::all_features();
     const u8 lzcnt[] = {0xf3, 0x0f, 0xbd, 0xc1};
     Insn insn;
-    CHECK(decode(lzcnt, CodeSize::k64, features, insn) == DecodeStatus::kOk && insn.op == Op::LZCNT_Gv_Ev);
+    CHECK(decode(lzcnt, CodeSize::k64, features, insn) == DecodeStatus::kOk &&
+          insn.op == Op::LZCNT_Gv_Ev);
     features.set(Feature::kLzcnt, false);
-    CHECK(decode(lzcnt, CodeSize::k64, features, insn) == DecodeStatus::kOk && insn.op == Op::BSR_Gv_Ev);
+    CHECK(decode(lzcnt, CodeSize::k64, features, insn) == DecodeStatus::kOk &&
+          insn.op == Op::BSR_Gv_Ev);
     const u8 popcnt[] = {0xf3, 0x0f, 0xb8, 0xc1};
     features.set(Feature::kPopcnt, false);
     CHECK(decode(popcnt, CodeSize::k64, features, insn) == DecodeStatus::kUndefined);
@@ -167,7 +181,8 @@ void sweep(const char* path, const std::vector<char>& image, CodeSize size) {
         Section section;
         std::memcpy(&section, image.data() + header.e_shoff + n * sizeof section, sizeof section);
         if (section.sh_type != SHT_PROGBITS || !(section.sh_flags & SHF_EXECINSTR)) continue;
-        if (section.sh_offset > image.size() || section.sh_size > image.size() - section.sh_offset) continue;
+        if (section.sh_offset > image.size() || section.sh_size > image.size() - section.sh_offset)
+            continue;
         auto* at = reinterpret_cast<const u8*>(image.data() + section.sh_offset);
         for (u64 left = section.sh_size; left > 0;) {
             std::span<const u8> bytes(at, std::min<u64>(left, 15));
@@ -180,7 +195,8 @@ void sweep(const char* path, const std::vector<char>& image, CodeSize size) {
             ++instructions;
         }
     }
-    std::fprintf(stderr, "%s: %llu instructions\n", path, static_cast<unsigned long long>(instructions));
+    std::fprintf(stderr, "%s: %llu instructions\n", path,
+                 static_cast<unsigned long long>(instructions));
     CHECK(instructions > 10000);
     disagreements.report(path);
 }

@@ -32,10 +32,12 @@ unsigned hits(Op op, CodeSize size, bool memory, unsigned count, pvtest::Random&
         if (form.memory != memory) continue;
         pvtest::Encoded encoded = encode(row, form, random);
         Insn insn;
-        if (decode(encoded.bytes, size, features, insn) != DecodeStatus::kOk || insn.op != op) continue;
+        if (decode(encoded.bytes, size, features, insn) != DecodeStatus::kOk || insn.op != op)
+            continue;
         ++found;
         bool moffs = false;
-        for (Operand operand : row.operands) moffs |= operand == Operand::Ob || operand == Operand::Ov;
+        for (Operand operand : row.operands)
+            moffs |= operand == Operand::Ob || operand == Operand::Ov;
         CHECK_EQ(insn.has_mem, memory || moffs);
         CHECK(insn.length >= encoded.opcode_end);
         if (memory && insn.addrsize != 2) {
@@ -56,16 +58,16 @@ void reachable() {
             auto size = static_cast<CodeSize>(s);
             if ((row.attrs & kNo64) && size == CodeSize::k64) continue;
             if ((row.attrs & kOnly64) && size != CodeSize::k64) continue;
-            // W is not encodable for legacy rows outside 64-bit mode, and means nothing to VMOVQ and
-            // its like there: the row with W 0 is taken.
+            // W is not encodable for legacy rows outside 64-bit mode, and means nothing to VMOVQ
+            // and its like there: the row with W 0 is taken.
             if ((row.attrs & kW1) && size != CodeSize::k64) continue;
             for (bool memory : {false, true}) {
                 if (memory ? !can_be_memory(row) : !can_be_register(row)) continue;
                 ++pvtest::checks;
                 if (hits(op, size, memory, 40, random) == 0) {
                     pvtest::fail(__FILE__, __LINE__,
-                                 std::string(row.id) + (memory ? " (memory)" : "") + " is never decoded in " +
-                                     kSizeNames[s] + " code");
+                                 std::string(row.id) + (memory ? " (memory)" : "") +
+                                     " is never decoded in " + kSizeNames[s] + " code");
                 }
             }
         }
@@ -74,6 +76,11 @@ void reachable() {
 
 /// What the table itself must keep to.
 void consistent() {
+#define PV_OP(row, ...) CHECK(op_info(Op::row).id == #row);
+#include "soft/optab_int.inc"
+#include "soft/optab_simd.inc"
+#include "soft/optab_x87.inc"
+#undef PV_OP
     for (unsigned n = 0; n < kOpCount; ++n) {
         const OpInfo& row = op_info(static_cast<Op>(n));
         auto expect = [&](bool good, const char* what) {
@@ -85,15 +92,17 @@ void consistent() {
         expect(!((a & kW0) && (a & kW1)), "W both 0 and 1");
         expect(!((a & kL0) && (a & kL1)), "L both 0 and 1");
         expect(!((a & kDef64) && (a & kForce64)), "two default operand sizes");
-        expect(!((a & kReadOnlyDst) && (a & kWriteOnlyDst)), "first operand only read and only written");
+        expect(!((a & kReadOnlyDst) && (a & kWriteOnlyDst)),
+               "first operand only read and only written");
         expect(!(a & kLockable) || can_be_memory(row), "LOCK without a memory operand");
         expect(!((a & kCpl0) && (a & kNative)), "privileged, yet run by the native oracle");
         bool vex = row.map == Map::V0F || row.map == Map::V0F38 || row.map == Map::V0F3A;
         expect(!vex || row.prefix != Mandatory::Any || row.ext.kind == OpExt::kNone,
                "a VEX row says which prefix it has");
-        expect(row.mnemonic.find_first_of("ABCDEFGHIJKLMNOPQRSTUVWXYZ_") == std::string_view::npos ||
-                   row.mnemonic.find('_') != std::string_view::npos,
-               "the mnemonic is lower case");
+        expect(
+            row.mnemonic.find_first_of("ABCDEFGHIJKLMNOPQRSTUVWXYZ_") == std::string_view::npos ||
+                row.mnemonic.find('_') != std::string_view::npos,
+            "the mnemonic is lower case");
     }
 }
 
@@ -106,14 +115,14 @@ void exact_flags() {
         return std::pair{flags_read(insn), flags_written(insn)};
     };
     using Pair = std::pair<u8, u8>;
-    CHECK((flags({0xc1, 0xe0, 3}) == Pair{0, kAllFlags}));             // shl eax, 3
-    CHECK((flags({0xc1, 0xe0, 32}) == Pair{0, 0}));                    // shl eax, 32: a count of zero
-    CHECK((flags({0x48, 0xc1, 0xe0, 32}) == Pair{0, kAllFlags}));      // shl rax, 32
-    CHECK((flags({0x48, 0xc0, 0xe0, 32}) == Pair{0, 0}));              // shl al, 32 with REX.W
-    CHECK((flags({0xd3, 0xe0}) == Pair{kAllFlags, kAllFlags}));        // shl eax, cl
-    CHECK((flags({0xc1, 0xd0, 3}) == Pair{kC, kC | kO}));              // rcl eax, 3
-    CHECK((flags({0xa6}) == Pair{kD, kAllFlags}));                     // cmpsb
-    CHECK((flags({0xf3, 0xa6}) == Pair{kAllFlags | kD, kAllFlags}));   // repe cmpsb
+    CHECK((flags({0xc1, 0xe0, 3}) == Pair{0, kAllFlags}));         // shl eax, 3
+    CHECK((flags({0xc1, 0xe0, 32}) == Pair{0, 0}));                // shl eax, 32: a count of zero
+    CHECK((flags({0x48, 0xc1, 0xe0, 32}) == Pair{0, kAllFlags}));  // shl rax, 32
+    CHECK((flags({0x48, 0xc0, 0xe0, 32}) == Pair{0, 0}));          // shl al, 32 with REX.W
+    CHECK((flags({0xd3, 0xe0}) == Pair{kAllFlags, kAllFlags}));    // shl eax, cl
+    CHECK((flags({0xc1, 0xd0, 3}) == Pair{kC, kC | kO}));          // rcl eax, 3
+    CHECK((flags({0xa6}) == Pair{kD, kAllFlags}));                 // cmpsb
+    CHECK((flags({0xf3, 0xa6}) == Pair{kAllFlags | kD, kAllFlags}));  // repe cmpsb
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // Every user-mode instruction form, one step on the host's CPU against one step of the interpreter:
-// random registers, flags, memory, page edges; in 64-bit code, and in 32-bit code as well. Driven by
-// the instruction table (rows with kNative), so that no form can be forgotten.
+// random registers, flags, memory, page edges; in 64-bit code, and in 32-bit code as well. Driven
+// by the instruction table (rows with kNative), so that no form can be forgotten.
 //
 //   POLYVISOR_TEST_SEED=n      another random sequence (the seed is printed)
 //   POLYVISOR_TEST_COUNT=n     cases for each row (default 60)
@@ -31,7 +31,9 @@ struct Tally {
 };
 
 /// Instructions whose cases all end in an exception.
-bool always_faults(Op op) { return op == Op::UD1_Gv_Ev || op == Op::UD2; }
+bool always_faults(Op op) {
+    return op == Op::UD1_Gv_Ev || op == Op::UD2;
+}
 
 /// FS and GS base instructions need the host kernel to have enabled them.
 bool usable_here(const OpInfo& row) {
@@ -60,8 +62,9 @@ class Oracle {
         }
         ++pvtest::checks;
         if (made == 0 || (completed < made / 4 && !always_faults(op))) {
-            pvtest::fail(__FILE__, __LINE__, std::string(info.id) + ": only " + std::to_string(completed) + " of " +
-                                                 std::to_string(made) + " cases complete");
+            pvtest::fail(__FILE__, __LINE__,
+                         std::string(info.id) + ": only " + std::to_string(completed) + " of " +
+                             std::to_string(made) + " cases complete");
         }
     }
 
@@ -74,8 +77,10 @@ class Oracle {
             if (!make_case(op, size, specialised_->features(), next_slot(), random_, c)) continue;
             ++made;
             Outcome host = native_->run(c);
-            if (host.alive && host.vector < 0) ++completed;
-            else ++tally_.faults;
+            if (host.alive && host.vector < 0)
+                ++completed;
+            else
+                ++tally_.faults;
             ++tally_.cases;
             judge(c, host, *generic_, "generic operation");
             judge(c, host, *specialised_, "engine");
@@ -95,9 +100,10 @@ class Oracle {
             return;
         }
         pvtest::ZydisPeer peer(c.size);
-        std::fprintf(stderr, "\n%s (%s, %s code): %s\n%s\n", std::string(op_info(c.op).id).c_str(), which,
-                     c.size == CodeSize::k64 ? "64-bit" : "32-bit",
-                     peer.disassemble(std::span<const u8>(c.code, c.insn.length)).c_str(), pvtest::describe(c).c_str());
+        std::fprintf(stderr, "\n%s (%s, %s code): %s\n%s\n", std::string(op_info(c.op).id).c_str(),
+                     which, c.size == CodeSize::k64 ? "64-bit" : "32-bit",
+                     peer.disassemble(std::span<const u8>(c.code, c.insn.length)).c_str(),
+                     pvtest::describe(c).c_str());
         for (const std::string& line : differences) std::fprintf(stderr, "    %s\n", line.c_str());
     }
 
@@ -137,8 +143,11 @@ int main() {
         oracle.row(static_cast<Op>(n));
     }
     const Tally& tally = oracle.tally();
-    for (const auto& [id, count] : tally.failing) std::fprintf(stderr, "%6u differences: %s\n", count, id.c_str());
-    std::fprintf(stderr, "%u rows, %u absent on this host, %u cases (%u end in an exception), %u differences\n",
-                 tally.rows, tally.absent, tally.cases, tally.faults, tally.differences);
+    for (const auto& [id, count] : tally.failing)
+        std::fprintf(stderr, "%6u differences: %s\n", count, id.c_str());
+    std::fprintf(
+        stderr,
+        "%u rows, %u absent on this host, %u cases (%u end in an exception), %u differences\n",
+        tally.rows, tally.absent, tally.cases, tally.faults, tally.differences);
     return pvtest::finish("test_oracle");
 }

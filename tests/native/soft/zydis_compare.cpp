@@ -26,7 +26,9 @@ struct Plain {
     u64 value = 0, selector = 0;
 };
 
-u64 mask(unsigned size) { return size >= 8 ? ~u64{0} : (u64{1} << (size * 8)) - 1; }
+u64 mask(unsigned size) {
+    return size >= 8 ? ~u64{0} : (u64{1} << (size * 8)) - 1;
+}
 
 Plain general(const Insn& i, int number, unsigned size) {
     Plain p;
@@ -68,6 +70,7 @@ Plain immediate(u64 value, unsigned size) {
     return p;
 }
 
+// clang-format off
 /// What a disassembler shows of an operand; nothing for those it does not show.
 std::optional<Plain> ours(const Insn& i, Operand operand, bool second_immediate) {
     using enum Operand;
@@ -119,6 +122,7 @@ std::optional<Plain> ours(const Insn& i, Operand operand, bool second_immediate)
         default: return std::nullopt;  // not shown, or (strings) in various ways
     }
 }
+// clang-format on
 
 int general_number(ZydisRegister reg) {
     switch (ZydisRegisterGetClass(reg)) {
@@ -128,10 +132,14 @@ int general_number(ZydisRegister reg) {
             if (n < 8) return 20 + n - 4;
             return n - 4;
         }
-        case ZYDIS_REGCLASS_GPR16: return reg - ZYDIS_REGISTER_AX;
-        case ZYDIS_REGCLASS_GPR32: return reg - ZYDIS_REGISTER_EAX;
-        case ZYDIS_REGCLASS_GPR64: return reg - ZYDIS_REGISTER_RAX;
-        default: return -1;
+        case ZYDIS_REGCLASS_GPR16:
+            return reg - ZYDIS_REGISTER_AX;
+        case ZYDIS_REGCLASS_GPR32:
+            return reg - ZYDIS_REGISTER_EAX;
+        case ZYDIS_REGCLASS_GPR64:
+            return reg - ZYDIS_REGISTER_RAX;
+        default:
+            return -1;
     }
 }
 
@@ -144,20 +152,38 @@ Plain theirs(const ZydisDecodedOperand& z) {
             auto reg_class = ZydisRegisterGetClass(reg);
             p.number = ZydisRegisterGetId(reg);
             switch (reg_class) {
-                case ZYDIS_REGCLASS_GPR8: case ZYDIS_REGCLASS_GPR16: case ZYDIS_REGCLASS_GPR32:
+                case ZYDIS_REGCLASS_GPR8:
+                case ZYDIS_REGCLASS_GPR16:
+                case ZYDIS_REGCLASS_GPR32:
                 case ZYDIS_REGCLASS_GPR64:
                     p.reg_class = 'g';
                     p.number = general_number(reg);
                     p.size = ZydisRegisterGetWidth(ZYDIS_MACHINE_MODE_LONG_64, reg) / 8;
                     break;
-                case ZYDIS_REGCLASS_SEGMENT: p.reg_class = 's'; break;
-                case ZYDIS_REGCLASS_CONTROL: p.reg_class = 'c'; break;
-                case ZYDIS_REGCLASS_DEBUG: p.reg_class = 'd'; break;
-                case ZYDIS_REGCLASS_X87: p.reg_class = 'f'; break;
-                case ZYDIS_REGCLASS_MMX: p.reg_class = 'm'; break;
-                case ZYDIS_REGCLASS_XMM: p.reg_class = 'x'; break;
-                case ZYDIS_REGCLASS_YMM: p.reg_class = 'y'; break;
-                default: p.reg_class = '?'; break;
+                case ZYDIS_REGCLASS_SEGMENT:
+                    p.reg_class = 's';
+                    break;
+                case ZYDIS_REGCLASS_CONTROL:
+                    p.reg_class = 'c';
+                    break;
+                case ZYDIS_REGCLASS_DEBUG:
+                    p.reg_class = 'd';
+                    break;
+                case ZYDIS_REGCLASS_X87:
+                    p.reg_class = 'f';
+                    break;
+                case ZYDIS_REGCLASS_MMX:
+                    p.reg_class = 'm';
+                    break;
+                case ZYDIS_REGCLASS_XMM:
+                    p.reg_class = 'x';
+                    break;
+                case ZYDIS_REGCLASS_YMM:
+                    p.reg_class = 'y';
+                    break;
+                default:
+                    p.reg_class = '?';
+                    break;
             }
             break;
         }
@@ -170,7 +196,8 @@ Plain theirs(const ZydisDecodedOperand& z) {
             }
             if (z.mem.index != ZYDIS_REGISTER_NONE) {
                 p.vector_index = general_number(z.mem.index) < 0;
-                p.index = p.vector_index ? ZydisRegisterGetId(z.mem.index) : general_number(z.mem.index);
+                p.index =
+                    p.vector_index ? ZydisRegisterGetId(z.mem.index) : general_number(z.mem.index);
                 p.scale = z.mem.scale ? std::countr_zero(unsigned{z.mem.scale}) : 0;
             }
             p.segment = ZydisRegisterGetId(z.mem.segment);
@@ -206,7 +233,8 @@ const char* difference(const Plain& a, const Plain& z, bool agen) {
             if (!agen && a.segment != z.segment) return "segment";
             if (!agen && a.size && a.size != z.size) return "memory size";
             return nullptr;
-        case Plain::kImm: return a.value == (z.value & mask(a.size)) ? nullptr : "immediate";
+        case Plain::kImm:
+            return a.value == (z.value & mask(a.size)) ? nullptr : "immediate";
         case Plain::kFar:
             return a.value == z.value && a.selector == z.selector ? nullptr : "far pointer";
     }
@@ -221,18 +249,30 @@ bool same_mnemonic(const OpInfo& info, const char* z) {
         const char* theirs[3];
     };
     static constexpr Family kFamilies[] = {
-        {"cbw", {"cwde", "cdqe", nullptr}},      {"cwd", {"cdq", "cqo", nullptr}},
-        {"pusha", {"pushad", nullptr, nullptr}}, {"popa", {"popad", nullptr, nullptr}},
-        {"pushf", {"pushfd", "pushfq", nullptr}}, {"popf", {"popfd", "popfq", nullptr}},
-        {"iret", {"iretd", "iretq", nullptr}},   {"jrcxz", {"jecxz", "jcxz", nullptr}},
-        {"movsd", {"movsw", "movsq", nullptr}},  {"cmpsd", {"cmpsw", "cmpsq", nullptr}},
-        {"stosd", {"stosw", "stosq", nullptr}},  {"lodsd", {"lodsw", "lodsq", nullptr}},
-        {"scasd", {"scasw", "scasq", nullptr}},  {"insd", {"insw", nullptr, nullptr}},
-        {"outsd", {"outsw", nullptr, nullptr}},  {"fxsave", {"fxsave64", nullptr, nullptr}},
-        {"fxrstor", {"fxrstor64", nullptr, nullptr}}, {"xsave", {"xsave64", nullptr, nullptr}},
-        {"xrstor", {"xrstor64", nullptr, nullptr}}, {"xsaveopt", {"xsaveopt64", nullptr, nullptr}},
-        {"xsavec", {"xsavec64", nullptr, nullptr}}, {"xsaves", {"xsaves64", nullptr, nullptr}},
-        {"xrstors", {"xrstors64", nullptr, nullptr}}, {"sysret", {"sysretq", nullptr, nullptr}},
+        {"cbw", {"cwde", "cdqe", nullptr}},
+        {"cwd", {"cdq", "cqo", nullptr}},
+        {"pusha", {"pushad", nullptr, nullptr}},
+        {"popa", {"popad", nullptr, nullptr}},
+        {"pushf", {"pushfd", "pushfq", nullptr}},
+        {"popf", {"popfd", "popfq", nullptr}},
+        {"iret", {"iretd", "iretq", nullptr}},
+        {"jrcxz", {"jecxz", "jcxz", nullptr}},
+        {"movsd", {"movsw", "movsq", nullptr}},
+        {"cmpsd", {"cmpsw", "cmpsq", nullptr}},
+        {"stosd", {"stosw", "stosq", nullptr}},
+        {"lodsd", {"lodsw", "lodsq", nullptr}},
+        {"scasd", {"scasw", "scasq", nullptr}},
+        {"insd", {"insw", nullptr, nullptr}},
+        {"outsd", {"outsw", nullptr, nullptr}},
+        {"fxsave", {"fxsave64", nullptr, nullptr}},
+        {"fxrstor", {"fxrstor64", nullptr, nullptr}},
+        {"xsave", {"xsave64", nullptr, nullptr}},
+        {"xrstor", {"xrstor64", nullptr, nullptr}},
+        {"xsaveopt", {"xsaveopt64", nullptr, nullptr}},
+        {"xsavec", {"xsavec64", nullptr, nullptr}},
+        {"xsaves", {"xsaves64", nullptr, nullptr}},
+        {"xrstors", {"xrstors64", nullptr, nullptr}},
+        {"sysret", {"sysretq", nullptr, nullptr}},
         {"sysexit", {"sysexitq", nullptr, nullptr}},
     };
     for (const Family& family : kFamilies) {
@@ -286,7 +326,8 @@ std::string ZydisPeer::compare(std::span<const u8> bytes) {
     DecodeStatus status = decode(bytes, size_, features_, insn);
     ZydisDecodedInstruction z;
     ZydisDecodedOperand operands[ZYDIS_MAX_OPERAND_COUNT];
-    ZyanStatus z_status = ZydisDecoderDecodeFull(&decoder_, bytes.data(), bytes.size(), &z, operands);
+    ZyanStatus z_status =
+        ZydisDecoderDecodeFull(&decoder_, bytes.data(), bytes.size(), &z, operands);
     bool z_ok = ZYAN_SUCCESS(z_status);
     bool ok = status == DecodeStatus::kOk;
     if (!ok && !z_ok) {
@@ -319,14 +360,17 @@ std::string ZydisPeer::compare(std::span<const u8> bytes) {
     for (unsigned n = 0; n < z.operand_count; ++n) {
         if (operands[n].visibility == ZYDIS_OPERAND_VISIBILITY_HIDDEN) continue;
         if (info->attrs & kString && operands[n].type == ZYDIS_OPERAND_TYPE_MEMORY) continue;
-        if (operands[n].type == ZYDIS_OPERAND_TYPE_MEMORY && operands[n].mem.type == ZYDIS_MEMOP_TYPE_AGEN) {
+        if (operands[n].type == ZYDIS_OPERAND_TYPE_MEMORY &&
+            operands[n].mem.type == ZYDIS_MEMOP_TYPE_AGEN) {
             agen = true;
         }
         z_list.push_back(theirs(operands[n]));
     }
     if (info->attrs & kString) return {};
     if (info->map == Map::X87) {  // st0 is left out by either side in forms where it is implied
-        auto top = [](const Plain& p) { return p.kind == Plain::kReg && p.reg_class == 'f' && p.number == 0; };
+        auto top = [](const Plain& p) {
+            return p.kind == Plain::kReg && p.reg_class == 'f' && p.number == 0;
+        };
         std::erase_if(list, top);
         std::erase_if(z_list, top);
     }
@@ -343,12 +387,13 @@ std::string ZydisPeer::compare(std::span<const u8> bytes) {
 std::string ZydisPeer::disassemble(std::span<const u8> bytes) {
     ZydisDecodedInstruction z;
     ZydisDecodedOperand operands[ZYDIS_MAX_OPERAND_COUNT];
-    if (!ZYAN_SUCCESS(ZydisDecoderDecodeFull(&decoder_, bytes.data(), bytes.size(), &z, operands))) {
+    if (!ZYAN_SUCCESS(
+            ZydisDecoderDecodeFull(&decoder_, bytes.data(), bytes.size(), &z, operands))) {
         return hex(bytes);
     }
     char text[256];
-    ZydisFormatterFormatInstruction(&formatter_, &z, operands, z.operand_count_visible, text, sizeof text,
-                                    0x1000, nullptr);
+    ZydisFormatterFormatInstruction(&formatter_, &z, operands, z.operand_count_visible, text,
+                                    sizeof text, 0x1000, nullptr);
     return hex(bytes.first(z.length)) + ": " + text;
 }
 

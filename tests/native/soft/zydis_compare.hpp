@@ -17,8 +17,8 @@ class ZydisPeer {
   public:
     explicit ZydisPeer(polyvisor::soft::CodeSize size);
 
-    /// Empty when both agree (or differ in a way that the table of known differences explains), else
-    /// what differs: a short key that is the same for all instances of one disagreement.
+    /// Empty when both agree (or differ in a way that the table of known differences explains),
+    /// else what differs: a short key that is the same for all instances of one disagreement.
     std::string compare(std::span<const polyvisor::u8> bytes);
 
     /// "48 01 d8: add rax, rbx", or the bytes alone when Zydis cannot decode them.

@@ -9,7 +9,8 @@ namespace {
 
 using namespace polyvisor::soft;
 
-/// Instruction sets that Zydis knows and polyvisor's CPU does not have: their encodings are #UD (or NOP).
+/// Instruction sets that Zydis knows and polyvisor's CPU does not have: their encodings are #UD (or
+/// NOP).
 struct AbsentSet {
     ZydisISAExt extension;
     const char* reason;
@@ -99,13 +100,15 @@ const char* known_difference(const Disagreement& d) {
         return "the selector is 16 bits whatever the size of the register's name";
     }
     if (contains(d.what, "register size") &&
-        (has_operand(info, Operand::Gd) || has_operand(info, Operand::Ed) || has_operand(info, Operand::Rd))) {
+        (has_operand(info, Operand::Gd) || has_operand(info, Operand::Ed) ||
+         has_operand(info, Operand::Rd))) {
         return "a 32-bit result is zero extended: REX.W only changes the register's name";
     }
     if (i.op == Op::MOVSXD_Gv_Ed && i.opsize == 2) {
         return "16-bit MOVSXD: Intel says r/m16 and AMD r/m32; only the low 16 bits matter";
     }
-    if (is_one_of(i.op, {Op::CLFLUSH_Mb, Op::CLFLUSHOPT_Mb, Op::CLWB_Mb}) && contains(d.what, "memory size")) {
+    if (is_one_of(i.op, {Op::CLFLUSH_Mb, Op::CLFLUSHOPT_Mb, Op::CLWB_Mb}) &&
+        contains(d.what, "memory size")) {
         return "checked as a one-byte access, though it works on a cache line";
     }
     if (is_one_of(i.op, {Op::CALL_Ev, Op::JMP_Ev}) && contains(d.what, "segment")) {
@@ -114,7 +117,8 @@ const char* known_difference(const Disagreement& d) {
     if (i.op == Op::PREFETCH_M && d.what == "mnemonic") {
         return "0F 0D /2../7 are hints like /0";
     }
-    if (d.what.starts_with("base") && d.size == CodeSize::k64 && i.addrsize == 4 && i.base == kNoReg && i.mod == 0) {
+    if (d.what.starts_with("base") && d.size == CodeSize::k64 && i.addrsize == 4 &&
+        i.base == kNoReg && i.mod == 0) {
         return "SIB base 101 with mod 00 is no register, REX.B or not; Zydis shows r13d";
     }
     return nullptr;

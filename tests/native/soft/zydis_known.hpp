@@ -14,7 +14,7 @@ struct Disagreement {
     const polyvisor::soft::Insn& insn;     ///< when status is kOk
     const ZydisDecodedInstruction* zydis;  ///< nullptr: Zydis rejects the bytes
     polyvisor::soft::CodeSize size;
-    std::string_view what;                 ///< "validity", "mnemonic", "register size of operand 2", ...
+    std::string_view what;  ///< "validity", "mnemonic", "register size of operand 2", ...
 };
 
 /// The reason why this difference is right; nullptr when there is none.

@@ -407,7 +407,14 @@ const Uop* run_slowly(const Uop* u, VcpuFrame* f, u64 linear, bool write) {
     return run_generic(u, f);
 }
 
-const Uop* run_generic(const Uop* u, VcpuFrame* f) {
+namespace {
+
+enum class Generic : u8 { kNext, kLeaveBlock, kFault, kAfter };
+
+/// The work of run_generic(), apart from it: with the addresses of locals given away, the compiler
+/// cannot make its jump to the next handler a tail call, and a loop of MMIO would fill the host's
+/// stack.
+[[gnu::noinline, gnu::cold]] Generic execute_generic(const Uop* u, VcpuFrame* f) {
     SoftVcpu& vcpu = *f->vcpu;
     const Block& block = *f->block;
     u8 bytes[16] = {};
@@ -435,14 +442,28 @@ const Uop* run_generic(const Uop* u, VcpuFrame* f) {
     if (ends) f->rip = f->long64() ? next : static_cast<u32>(next);
     u64 ea = o.insn.has_mem ? effective_address(*f, o.insn) : 0;
     if (!o.operation(*f, o.insn, ea)) {
-        if (ends && f->fault.trap) return nullptr;
-        return leave_fault(u, f);
+        return ends && f->fault.trap ? Generic::kLeaveBlock : Generic::kFault;
     }
     if (ends) {
         f->link_slot_valid = false;
-        return nullptr;
+        return Generic::kLeaveBlock;
     }
-    if (f->block_dead) return leave_after(u, f);
+    return f->block_dead ? Generic::kAfter : Generic::kNext;
+}
+
+}  // namespace
+
+const Uop* run_generic(const Uop* u, VcpuFrame* f) {
+    switch (execute_generic(u, f)) {
+        case Generic::kNext:
+            break;
+        case Generic::kLeaveBlock:
+            return nullptr;
+        case Generic::kFault:
+            return leave_fault(u, f);
+        case Generic::kAfter:
+            return leave_after(u, f);
+    }
     PV_NEXT;
 }
 

@@ -1,5 +1,5 @@
-// Host and configuration errors. A guest's mistakes are never reported with these: see the header of
-// each device and engine for what the guest gets instead. src/errors.cpp maps each class to the
+// Host and configuration errors. A guest's mistakes are never reported with these: see the header
+// of each device and engine for what the guest gets instead. src/errors.cpp maps each class to the
 // Python exception of the same name, fields included.
 #pragma once
 

@@ -1,5 +1,5 @@
-// What a guest does wrong is worth a line, not a flood: log_limited() prints the first few of a kind
-// and counts the rest. There is no global switch; a machine owns its Log.
+// What a guest does wrong is worth a line, not a flood: log_limited() prints the first few of a
+// kind and counts the rest. There is no global switch; a machine owns its Log.
 #pragma once
 
 #include <array>

@@ -24,14 +24,18 @@ inline constexpr u64 kPageMask = kPageSize - 1;
 inline constexpr unsigned kPageShift = 12;
 
 /// Bit number n as a mask.
-constexpr u64 bit(unsigned n) { return u64{1} << n; }
+constexpr u64 bit(unsigned n) {
+    return u64{1} << n;
+}
 
 /// Bits lo..hi (both inclusive) of value, shifted down.
 constexpr u64 bits(u64 value, unsigned hi, unsigned lo) {
     return (value >> lo) & (~u64{0} >> (63 - (hi - lo)));
 }
 
-constexpr u64 align_down(u64 value, u64 alignment) { return value & ~(alignment - 1); }
+constexpr u64 align_down(u64 value, u64 alignment) {
+    return value & ~(alignment - 1);
+}
 constexpr u64 align_up(u64 value, u64 alignment) {
     return (value + alignment - 1) & ~(alignment - 1);
 }

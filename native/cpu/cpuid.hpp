@@ -1,10 +1,10 @@
-// CPUID as a policy: a list of leaves that a vCPU answers, made once per machine from a named model,
-// what the engine implements and what the host has. Features are also a mask that the soft engine's
-// decoder uses, so that CPUID and behaviour cannot disagree.
+// CPUID as a policy: a list of leaves that a vCPU answers, made once per machine from a named
+// model, what the engine implements and what the host has. Features are also a mask that the soft
+// engine's decoder uses, so that CPUID and behaviour cannot disagree.
 #pragma once
 
-#include <string_view>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "base/types.hpp"
@@ -42,12 +42,12 @@ std::string_view feature_name(Feature feature);
 /// MDS_NO, PSCHANGE_MC_NO, TAA_NO, SBDR_SSDP_NO, FBSDP_NO, PSDP_NO, BHI_NO, PBRSB_NO, GDS_NO,
 /// RFDS_NO, ITS_NO.
 inline constexpr u64 kArchCapabilities = bit(0) | bit(1) | bit(4) | bit(5) | bit(6) | bit(8) |
-                                         bit(13) | bit(14) | bit(15) | bit(20) | bit(24) |
-                                         bit(26) | bit(27) | bit(62);
+                                         bit(13) | bit(14) | bit(15) | bit(20) | bit(24) | bit(26) |
+                                         bit(27) | bit(62);
 
-/// model: "host" (all the engine has), "baseline", "x86-64-v2", "x86-64-v3". `implemented` is what the
-/// engine offers; the result is never more than that and the host (except bits that need no host).
-/// Throws ConfigError for an unknown model or one the host cannot give.
+/// model: "host" (all the engine has), "baseline", "x86-64-v2", "x86-64-v3". `implemented` is what
+/// the engine offers; the result is never more than that and the host (except bits that need no
+/// host). Throws ConfigError for an unknown model or one the host cannot give.
 CpuidPolicy make_cpuid_policy(std::string_view model, const FeatureSet& implemented, u32 cpus,
                               u64 tsc_khz);
 

@@ -2,8 +2,8 @@
 //
 // To add an engine: derive Engine and Vcpu in a folder of layer 5, map CpuState to what the engine
 // keeps (round trips must be exact), serve claimed port and memory accesses through the two buses
-// inside run(), and return from run() only for the reasons in cpu/exit.hpp. machine/ picks engines by
-// name; tests/guests run against each.
+// inside run(), and return from run() only for the reasons in cpu/exit.hpp. machine/ picks engines
+// by name; tests/guests run against each.
 //
 //     auto engine = soft::create_engine({memory, pio, mmio, clock, cpuid});
 //     auto vcpu = engine->create_vcpu(0, lapic);
@@ -26,14 +26,14 @@
 
 namespace polyvisor {
 
-/// One virtual CPU. run(), save() and restore() belong to one thread at a time; the CpuSignals calls
-/// and request_stop() are safe from any thread.
+/// One virtual CPU. run(), save() and restore() belong to one thread at a time; the CpuSignals
+/// calls and request_stop() are safe from any thread.
 class Vcpu : public CpuSignals {
   public:
     /// Runs until an exit. Guest faults are delivered inside; host errors throw.
     virtual Exit run() = 0;
-    /// Makes run() return kInterrupted soon (within a millisecond, whatever the guest does), also the
-    /// next run() if none is in progress.
+    /// Makes run() return kInterrupted soon (within a millisecond, whatever the guest does), also
+    /// the next run() if none is in progress.
     virtual void request_stop() = 0;
     /// run() returns kInterrupted after exactly this many more instructions; ~0 for no limit.
     /// Only where caps().instruction_budget; otherwise throws StateMismatch.

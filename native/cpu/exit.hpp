@@ -9,11 +9,11 @@
 namespace polyvisor {
 
 enum class ExitReason : u8 {
-    kIo,           ///< a port access that nothing native claimed
-    kMmio,         ///< a memory access that neither memory nor anything native claimed
-    kHypercall,    ///< VMCALL/VMMCALL when the machine handles them
-    kMsr,          ///< an MSR the engine does not know, when the machine asked for such exits
-    kHalt,         ///< HLT that no interrupt can end (IF clear, no NMI source): only with halt exits on
+    kIo,         ///< a port access that nothing native claimed
+    kMmio,       ///< a memory access that neither memory nor anything native claimed
+    kHypercall,  ///< VMCALL/VMMCALL when the machine handles them
+    kMsr,        ///< an MSR the engine does not know, when the machine asked for such exits
+    kHalt,  ///< HLT that no interrupt can end (IF clear, no NMI source): only with halt exits on
     kShutdown,     ///< triple fault
     kInterrupted,  ///< request_stop(), or the instruction budget is used up
     kDebug,        ///< breakpoint or single step requested by the host
@@ -24,11 +24,11 @@ const char* to_string(ExitReason reason);
 
 struct Exit {
     ExitReason reason = ExitReason::kInterrupted;
-    bool write = false;       ///< kIo, kMmio, kMsr
-    u8 size = 0;              ///< kIo, kMmio: bytes
-    u64 address = 0;          ///< port, GPA, MSR index, or the breakpoint's RIP
-    std::array<u8, 8> data{}; ///< written; or to be filled before the next run()
-    std::string text;         ///< kFail, kShutdown: for people
+    bool write = false;        ///< kIo, kMmio, kMsr
+    u8 size = 0;               ///< kIo, kMmio: bytes
+    u64 address = 0;           ///< port, GPA, MSR index, or the breakpoint's RIP
+    std::array<u8, 8> data{};  ///< written; or to be filled before the next run()
+    std::string text;          ///< kFail, kShutdown: for people
 };
 
 }  // namespace polyvisor

@@ -1,5 +1,6 @@
 // The architectural state of one x86-64 CPU as plain data: what save() of either engine returns and
-// restore() takes. A snapshot is this struct (plus the chips'). No engine-internal field belongs here.
+// restore() takes. A snapshot is this struct (plus the chips'). No engine-internal field belongs
+// here.
 #pragma once
 
 #include <array>
@@ -9,7 +10,8 @@
 namespace polyvisor {
 
 /// A segment register with its hidden part. `attributes` is the descriptor's bits 40..55 with the
-/// limit nibble zero: type 0-3, S 4, DPL 5-6, P 7, AVL 12, L 13, D/B 14, G 15; bit 16: unusable (null).
+/// limit nibble zero: type 0-3, S 4, DPL 5-6, P 7, AVL 12, L 13, D/B 14, G 15; bit 16: unusable
+/// (null).
 struct Segment {
     u64 base = 0;
     u32 limit = 0xffff;
@@ -82,7 +84,7 @@ struct CpuState {
     bool interrupt_shadow = false;  ///< after STI or a load of SS: no interrupt for one instruction
     bool nmi_blocked = false;       ///< from NMI delivery to IRET
     bool nmi_pending = false;
-    u64 instructions = 0;           ///< retired since reset (soft engine; 0 where it is not known)
+    u64 instructions = 0;  ///< retired since reset (soft engine; 0 where it is not known)
     bool operator==(const CpuState&) const = default;
 };
 
@@ -90,8 +92,8 @@ struct CpuState {
 /// application processor, waiting for a start-up IPI.
 CpuState reset_state(bool bootstrap);
 
-/// Throws StateError naming the field when the state is one no CPU can be in (SDM 3C, 26.3.1, as far
-/// as it can be checked without the CPUID policy).
+/// Throws StateError naming the field when the state is one no CPU can be in (SDM 3C, 26.3.1, as
+/// far as it can be checked without the CPUID policy).
 void validate(const CpuState& state);
 
 }  // namespace polyvisor

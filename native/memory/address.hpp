@@ -1,4 +1,5 @@
-// Guest addresses as types: a virtual (linear) address cannot be passed where a physical one is meant.
+// Guest addresses as types: a virtual (linear) address cannot be passed where a physical one is
+// meant.
 #pragma once
 
 #include <compare>

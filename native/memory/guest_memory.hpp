@@ -1,12 +1,12 @@
 // The guest's physical memory: regions of a memfd at guest-physical addresses.
 //
-// Regions are added before the machine runs and stay until it is destroyed, so a Region* and the host
-// addresses inside it are stable for the life of the GuestMemory. Everything a guest can influence
-// goes through span()/read()/write(), which check the bounds once.
+// Regions are added before the machine runs and stay until it is destroyed, so a Region* and the
+// host addresses inside it are stable for the life of the GuestMemory. Everything a guest can
+// influence goes through span()/read()/write(), which check the bounds once.
 //
-// Each page has a flags byte (PageFlags) that the engines and the dirty log share. The soft engine's
-// stores look at it only on the slow path: a page with any flag of kPageWriteTraps set is never
-// writable through a soft TLB.
+// Each page has a flags byte (PageFlags) that the engines and the dirty log share. The soft
+// engine's stores look at it only on the slow path: a page with any flag of kPageWriteTraps set is
+// never writable through a soft TLB.
 #pragma once
 
 #include <atomic>
@@ -23,8 +23,9 @@
 namespace polyvisor {
 
 enum PageFlags : u8 {
-    kPageCode = 1,        ///< some vCPU holds translated code of this page
-    kPageDirtyTrack = 2,  ///< dirty logging is on and the page is clean: the next store must note it
+    kPageCode = 1,  ///< some vCPU holds translated code of this page
+    kPageDirtyTrack =
+        2,  ///< dirty logging is on and the page is clean: the next store must note it
     kPageWriteTraps = kPageCode | kPageDirtyTrack,
 };
 

@@ -125,11 +125,20 @@ void copy_as(u8* host, const void* from) {
 // A store of 1, 2, 4 or 8 aligned bytes is one host store: another vCPU sees all of it or nothing.
 void copy_in(u8* host, const void* from, u32 size) {
     switch (size) {
-        case 1: copy_as<u8>(host, from); break;
-        case 2: copy_as<u16>(host, from); break;
-        case 4: copy_as<u32>(host, from); break;
-        case 8: copy_as<u64>(host, from); break;
-        default: std::memcpy(host, from, size);
+        case 1:
+            copy_as<u8>(host, from);
+            break;
+        case 2:
+            copy_as<u16>(host, from);
+            break;
+        case 4:
+            copy_as<u32>(host, from);
+            break;
+        case 8:
+            copy_as<u64>(host, from);
+            break;
+        default:
+            std::memcpy(host, from, size);
     }
 }
 
@@ -157,9 +166,13 @@ void write_place(VcpuFrame& f, const Place& place, const void* from, u32 size) {
 // Vectors of 16 and 32 bytes are checked for 16, the ten bytes of an x87 register for 8.
 bool misaligned(VcpuFrame& f, u64 linear, u32 size, Privilege privilege) {
     if (PV_LIKELY(!(f.mode & kModeAlignCheck))) return false;
-    u64 mask = size == 2 || size == 4 || size == 8 ? size - 1 : size == 16 || size == 32 ? 15 : size == 10 ? 7 : 0;
-    bool wrong = privilege == Privilege::kCurrent && (linear & mask) &&
-                 (!(f.mode & kModeLongActive) || canonical(f, linear));  // else #GP or #SS comes first
+    u64 mask = size == 2 || size == 4 || size == 8 ? size - 1
+               : size == 16 || size == 32          ? 15
+               : size == 10                        ? 7
+                                                   : 0;
+    bool wrong =
+        privilege == Privilege::kCurrent && (linear & mask) &&
+        (!(f.mode & kModeLongActive) || canonical(f, linear));  // else #GP or #SS comes first
     if (wrong) raise(f, kAcFault, 0);
     return wrong;
 }
@@ -197,8 +210,8 @@ bool segmented_address(VcpuFrame& f, u8 seg, u64 ea, u32 size, bool write, u64& 
     u32 offset = static_cast<u32>(ea);
     linear = static_cast<u32>(s.base + offset);
     u8 vector = seg == kSs ? kSsFault : kGp;
-    // Flat: only the very end of the segment can be run over. CS is not in the mode bit, and cannot be
-    // written.
+    // Flat: only the very end of the segment can be run over. CS is not in the mode bit, and cannot
+    // be written.
     if (!(f.mode & kModeSegCheck) && seg < kFs && seg != kCs) {
         return PV_LIKELY(u64{offset} + size - 1 <= 0xffffffff) ? true : raise(f, vector, 0);
     }
@@ -331,8 +344,8 @@ void flush_tlb(VcpuFrame& f) {
 }
 
 void flush_page(VcpuFrame& f, u64) {
-    // A large page is cached as many 4 KiB ones, and which belong to it is not recorded: INVLPG of any
-    // of its addresses must drop them all. It is rare enough (some 140 in a Linux boot).
+    // A large page is cached as many 4 KiB ones, and which belong to it is not recorded: INVLPG of
+    // any of its addresses must drop them all. It is rare enough (some 140 in a Linux boot).
     clear_tlbs(f);
     ++f.epoch;
     ++f.vcpu->stats.tlb_flushes;

@@ -8,7 +8,8 @@
 
 namespace polyvisor::soft {
 
-// --- CodePages ------------------------------------------------------------------------------------
+// --- CodePages
+// ------------------------------------------------------------------------------------
 
 void CodePages::add(BlockCache* cache) {
     std::lock_guard lock(mutex_);
@@ -56,7 +57,8 @@ void CodePages::stored(BlockCache* writer, u64 gpa, u64 size) {
     }
 }
 
-// --- BlockCache -----------------------------------------------------------------------------------
+// --- BlockCache
+// -----------------------------------------------------------------------------------
 
 BlockCache::BlockCache(VcpuFrame& frame, GuestMemory& memory, CodePages& pages)
     : frame_(frame), memory_(memory), shared_(pages), hash_(kBuckets) {
@@ -80,7 +82,9 @@ void* BlockCache::allocate(u64 size) {
     return at;
 }
 
-OpInsn* BlockCache::new_insn() { return new (allocate(sizeof(OpInsn))) OpInsn{}; }
+OpInsn* BlockCache::new_insn() {
+    return new (allocate(sizeof(OpInsn))) OpInsn{};
+}
 
 Block* BlockCache::find(u64 gpa, u64 ip, u32 mode) const {
     for (Block* block = hash_[bucket(gpa)]; block != nullptr; block = block->hash_next) {
@@ -188,7 +192,8 @@ void BlockCache::drop_overlapping(u64 gpa, u64 size) {
         if (hit) rebuild(number, page);
     }
     if (page.first == nullptr || (!hit && ++page.idle_stores >= page.patience)) {
-        // Data now, as far as one can tell. A page that turns out to be both is given up ever later.
+        // Data now, as far as one can tell. A page that turns out to be both is given up ever
+        // later.
         page.patience = std::min(page.patience * 2, 1u << 16);
         drop_page(gpa);
     }
@@ -224,9 +229,12 @@ void BlockCache::flush() {
     frame_.link_slot_valid = false;
 }
 
-// --- From other threads -----------------------------------------------------------------------------
+// --- From other threads
+// -----------------------------------------------------------------------------
 
-void BlockCache::post_protect(u64 gpa) { post_stored(gpa, 0); }
+void BlockCache::post_protect(u64 gpa) {
+    post_stored(gpa, 0);
+}
 
 void BlockCache::post_stored(u64 gpa, u64 size) {
     {

@@ -1,12 +1,13 @@
-// The blocks of one vCPU: found by guest-physical address, IP and mode; dropped when the guest stores
-// to the bytes they were made from.
+// The blocks of one vCPU: found by guest-physical address, IP and mode; dropped when the guest
+// stores to the bytes they were made from.
 //
-// Which pages hold code of which vCPU is kept in one CodePages per engine, with the page flag kPageCode
-// as its summary: a page that has it is never in a soft TLB as writable, so every store to it comes to
-// note_store(). When the flag is set for the first time, the other vCPUs are asked to drop what
-// writable translation they have; one that had one reports the page as stored to, because it may have
-// written since. So a store by one vCPU reaches the others' blocks at their next block boundary,
-// which is all that x86 promises without a serialising instruction (SDM 3A, 8.1.3).
+// Which pages hold code of which vCPU is kept in one CodePages per engine, with the page flag
+// kPageCode as its summary: a page that has it is never in a soft TLB as writable, so every store
+// to it comes to note_store(). When the flag is set for the first time, the other vCPUs are asked
+// to drop what writable translation they have; one that had one reports the page as stored to,
+// because it may have written since. So a store by one vCPU reaches the others' blocks at their
+// next block boundary, which is all that x86 promises without a serialising instruction (SDM
+// 3A, 8.1.3).
 #pragma once
 
 #include <atomic>
@@ -33,7 +34,8 @@ class CodePages {
     void claim(BlockCache* cache, u64 gpa);
     /// `cache` has no block left in the page.
     void release(BlockCache* cache, u64 gpa);
-    /// Bytes of a code page were written by `writer` (nullptr: by a device or the host): tells the rest.
+    /// Bytes of a code page were written by `writer` (nullptr: by a device or the host): tells the
+    /// rest.
     void stored(BlockCache* writer, u64 gpa, u64 size);
 
   private:
@@ -49,7 +51,8 @@ class BlockCache {
     ~BlockCache();
     BlockCache(const BlockCache&) = delete;
 
-    /// A block made for this place, whether or not it is stamped with the present epoch; or nullptr.
+    /// A block made for this place, whether or not it is stamped with the present epoch; or
+    /// nullptr.
     Block* find(u64 gpa, u64 ip, u32 mode) const;
     /// Takes over a finished block and its pages.
     Block* insert(const Block& block, std::span<const Uop> uops);
@@ -81,9 +84,9 @@ class BlockCache {
 
     struct Page {
         Block* first = nullptr;
-        u64 granules = 0;    ///< bit n: some block covers bytes of 64n..64n+63
-        u32 idle_stores = 0; ///< stores that hit no block, since the page was last given up
-        u32 patience = 16;   ///< ... after which the page is given up
+        u64 granules = 0;     ///< bit n: some block covers bytes of 64n..64n+63
+        u32 idle_stores = 0;  ///< stores that hit no block, since the page was last given up
+        u32 patience = 16;    ///< ... after which the page is given up
     };
     struct Posted {
         u64 gpa;

@@ -29,7 +29,9 @@ const Table& table() {
 
 }  // namespace
 
-Operation operation_of(Op op) { return table().operations[static_cast<unsigned>(op)]; }
+Operation operation_of(Op op) {
+    return table().operations[static_cast<unsigned>(op)];
+}
 
 std::vector<std::string_view> wrongly_bound_rows() {
     std::vector<std::string_view> rows;

@@ -23,7 +23,7 @@ struct Environment {
     u32 id;
     bool deterministic;
     bool hypercall_exits;
-    Exit exit;               ///< set before fault.pending = kExit
+    Exit exit;  ///< set before fault.pending = kExit
 };
 
 /// The environment of the vCPU that owns this frame.

@@ -95,7 +95,7 @@ class FastUop {
         u_.seg = i_.segment;
         if (long64_) {
             if (i_.addrsize != 8) return false;
-            kind_ = i_.segment >= kFs ? kAddressSeg
+            kind_ = i_.segment >= kFs    ? kAddressSeg
                     : i_.index != kNoReg ? kAddressIndex
                                          : kAddressBase;
         } else {
@@ -154,8 +154,10 @@ class FastUop {
         unsigned ext = i_.modrm >> 3 & 7;
         if (op < 0x40 && (op & 7) < 6) {
             auto alu_op = static_cast<AluOp>(op >> 3);
-            if ((op & 7) < 4) alu(alu_op, !(op & 1), op & 2);
-            else alu_immediate(alu_op, !(op & 1));
+            if ((op & 7) < 4)
+                alu(alu_op, !(op & 1), op & 2);
+            else
+                alu_immediate(alu_op, !(op & 1));
             return;
         }
         switch (op) {
@@ -163,29 +165,48 @@ class FastUop {
                 if (!long64_) break;
                 operands(i_.opsize, i_.reg, i_.rm);
                 if (i_.opsize != 8) break;
-                if (!i_.has_mem) u_.run = extend_handler(8, 4, true);
-                else if (memory_ok_) u_.run = extend_load_handler(8, 4, true, kind_);
+                if (!i_.has_mem)
+                    u_.run = extend_handler(8, 4, true);
+                else if (memory_ok_)
+                    u_.run = extend_load_handler(8, 4, true, kind_);
                 break;
-            case 0x68: case 0x6a:
+            case 0x68:
+            case 0x6a:
                 u_.imm = static_cast<u32>(i_.imm);
                 u_.seg = kSs;
                 if (long64_ && i_.opsize == 8) u_.run = push_handler(true);
                 break;
-            case 0x69: case 0x6b:
+            case 0x69:
+            case 0x6b:
                 u_.imm = static_cast<u32>(i_.imm);
                 operands(i_.opsize, i_.reg, i_.rm);
                 if (!i_.has_mem) u_.run = imul_handler(i_.opsize, true, context_.flags_live);
                 break;
-            case 0x80: case 0x81: case 0x82: case 0x83:
+            case 0x80:
+            case 0x81:
+            case 0x82:
+            case 0x83:
                 alu_immediate(static_cast<AluOp>(ext), !(op & 1));
                 break;
-            case 0x84: case 0x85: test(op == 0x84, false); break;
-            case 0xa8: case 0xa9: test(op == 0xa8, true); break;
-            case 0x86: case 0x87:
+            case 0x84:
+            case 0x85:
+                test(op == 0x84, false);
+                break;
+            case 0xa8:
+            case 0xa9:
+                test(op == 0xa8, true);
+                break;
+            case 0x86:
+            case 0x87:
                 operands(i_.opsize, i_.reg, i_.rm);
                 if (!i_.has_mem && op == 0x87) u_.run = exchange_handler(i_.opsize);
                 break;
-            case 0x88: case 0x89: case 0x8a: case 0x8b: move(!(op & 1), op >= 0x8a); break;
+            case 0x88:
+            case 0x89:
+            case 0x8a:
+            case 0x8b:
+                move(!(op & 1), op >= 0x8a);
+                break;
             case 0x8d:
                 operands(i_.opsize, i_.reg, 0);
                 lea();
@@ -193,13 +214,24 @@ class FastUop {
             case 0x90:
                 nop_ = row_.mnemonic == "nop";
                 break;
-            case 0x98: case 0x99: u_.run = convert_handler(op, i_.opsize); break;
-            case 0xc0: case 0xc1: case 0xd0: case 0xd1: case 0xd2: case 0xd3: shift(op, ext); break;
+            case 0x98:
+            case 0x99:
+                u_.run = convert_handler(op, i_.opsize);
+                break;
+            case 0xc0:
+            case 0xc1:
+            case 0xd0:
+            case 0xd1:
+            case 0xd2:
+            case 0xd3:
+                shift(op, ext);
+                break;
             case 0xc3:
                 u_.seg = kSs;
                 if (long64_) u_.run = return_handler();
                 break;
-            case 0xc6: case 0xc7:
+            case 0xc6:
+            case 0xc7:
                 operands(op == 0xc6 ? 1 : i_.opsize, i_.rm, 0);
                 u_.imm = static_cast<u32>(i_.imm);
                 if (!i_.has_mem) {
@@ -214,13 +246,22 @@ class FastUop {
                 u_.seg = kSs;
                 if (long64_) u_.run = call_handler();
                 break;
-            case 0xe9: case 0xeb:
+            case 0xe9:
+            case 0xeb:
                 u_.disp = branch_target();
                 if (plain_branch()) u_.run = jump_handler();
                 break;
-            case 0xf6: case 0xf7: group3(op == 0xf6, ext); break;
-            case 0xfe: case 0xff: group5(op == 0xfe, ext); break;
-            default: register_in_opcode(op); break;
+            case 0xf6:
+            case 0xf7:
+                group3(op == 0xf6, ext);
+                break;
+            case 0xfe:
+            case 0xff:
+                group5(op == 0xfe, ext);
+                break;
+            default:
+                register_in_opcode(op);
+                break;
         }
     }
 
@@ -292,12 +333,16 @@ class FastUop {
         if (ext <= 1) {
             operands(size, i_.rm, 0);
             unsigned which = ext == 0 ? kInc : kDec;
-            if (!i_.has_mem) u_.run = unary_handler(which, size, context_.flags_live);
-            else if (memory_ok_) u_.run = unary_memory_handler(which, size, kind_);
+            if (!i_.has_mem)
+                u_.run = unary_handler(which, size, context_.flags_live);
+            else if (memory_ok_)
+                u_.run = unary_memory_handler(which, size, kind_);
         } else if ((ext == 2 || ext == 4) && long64_) {
             operands(8, 0, i_.rm);
-            if (!i_.has_mem) u_.run = indirect_handler(ext == 2);
-            else if (memory_ok_) u_.run = indirect_load_handler(ext == 2, kind_);
+            if (!i_.has_mem)
+                u_.run = indirect_handler(ext == 2);
+            else if (memory_ok_)
+                u_.run = indirect_load_handler(ext == 2, kind_);
         }
     }
 
@@ -327,14 +372,18 @@ class FastUop {
             u_.run = setcc_handler(op & 15);
         } else if (op == 0xaf) {
             operands(i_.opsize, i_.reg, i_.rm);
-            if (!i_.has_mem) u_.run = imul_handler(i_.opsize, false, context_.flags_live);
-            else if (memory_ok_) u_.run = imul_load_handler(i_.opsize, kind_, context_.flags_live);
+            if (!i_.has_mem)
+                u_.run = imul_handler(i_.opsize, false, context_.flags_live);
+            else if (memory_ok_)
+                u_.run = imul_load_handler(i_.opsize, kind_, context_.flags_live);
         } else if (op == 0xb6 || op == 0xb7 || op == 0xbe || op == 0xbf) {
             unsigned from = op & 1 ? 2 : 1;
             u_.dst = static_cast<u8>(i_.reg * 8);
             u_.src = offset(from, i_.rm);
-            if (!i_.has_mem) u_.run = extend_handler(i_.opsize, from, op >= 0xbe);
-            else if (memory_ok_) u_.run = extend_load_handler(i_.opsize, from, op >= 0xbe, kind_);
+            if (!i_.has_mem)
+                u_.run = extend_handler(i_.opsize, from, op >= 0xbe);
+            else if (memory_ok_)
+                u_.run = extend_load_handler(i_.opsize, from, op >= 0xbe, kind_);
         } else if (op == 0xa3 && !i_.has_mem) {
             operands(i_.opsize, i_.rm, i_.reg);
             u_.run = bit_test_handler(i_.opsize, false);
@@ -396,7 +445,8 @@ bool emit_fused(const Insn& first, const Insn& second, const TranslateContext& c
 
 const Uop* run_slowly(const Uop* u, VcpuFrame* f, u64 linear, bool write) {
     // Checks that come before a page fault: alignment, and the end of a flat 4 GB segment.
-    if ((f->mode & kModeAlignCheck) || (!f->long64() && linear > 0xfffffff8)) return run_generic(u, f);
+    if ((f->mode & kModeAlignCheck) || (!f->long64() && linear > 0xfffffff8))
+        return run_generic(u, f);
     if (!fill_tlb(*f, linear, write, u->seg)) return leave_fault(u, f);
     // The page is in the TLB now if it may be there and the access does not leave it; the handler
     // must not be run again otherwise, or it would come back for ever.

@@ -1,6 +1,6 @@
-// Building blocks of the specialised handlers (fast_*.cpp): the forms that make up nearly all of what
-// compiled code executes, in flat modes. Everything else, and every access that misses the soft TLB
-// for good, goes through the generic Operation of the row.
+// Building blocks of the specialised handlers (fast_*.cpp): the forms that make up nearly all of
+// what compiled code executes, in flat modes. Everything else, and every access that misses the
+// soft TLB for good, goes through the generic Operation of the row.
 //
 // A handler keeps to two arguments and makes no call on its hot path, so that the compiler needs no
 // stack frame for it: what is not hot is a tail call to run_slowly().
@@ -20,8 +20,8 @@ enum AddressKind : u8 {
     kAddressKinds
 };
 
-/// The access of `size` bytes at `linear` missed the TLB: fill it and run the uop again, or do the whole
-/// instruction generically (MMIO, page crossing, code pages), or deliver the fault.
+/// The access of `size` bytes at `linear` missed the TLB: fill it and run the uop again, or do the
+/// whole instruction generically (MMIO, page crossing, code pages), or deliver the fault.
 [[gnu::noinline, gnu::cold]] const Uop* run_slowly(const Uop* u, VcpuFrame* f, u64 linear,
                                                    bool write);
 /// Just the generic operation.
@@ -74,15 +74,12 @@ PV_INLINE T immediate(const Uop* u) {
 
 enum AluOp : u8 { kAdd, kOr, kAdc, kSbb, kAnd, kSub, kXor, kCmp, kAluOps };
 
-#define PV_ALU_ASM(text)                                          \
-    asm(text " %[b], %[a]\n\tlahf\n\tseto %%al"                   \
-        : [a] "+&r"(a), "=&a"(flags)                              \
-        : [b] "r"(b)                                              \
-        : "cc")
-#define PV_ALU_CARRY_ASM(text)                                    \
+#define PV_ALU_ASM(text) \
+    asm(text " %[b], %[a]\n\tlahf\n\tseto %%al" : [a] "+&r"(a), "=&a"(flags) : [b] "r"(b) : "cc")
+#define PV_ALU_CARRY_ASM(text)                                        \
     asm("btl $8, %k[old]\n\t" text " %[b], %[a]\n\tlahf\n\tseto %%al" \
-        : [a] "+&r"(a), "=&a"(flags)                              \
-        : [b] "r"(b), [old] "r"(u32{f->oszapc})                   \
+        : [a] "+&r"(a), "=&a"(flags)                                  \
+        : [b] "r"(b), [old] "r"(u32{f->oszapc})                       \
         : "cc")
 
 /// a op b on the host, with its flags in f->oszapc when `Live`. kCmp returns a.
@@ -115,37 +112,47 @@ template <unsigned C>
 PV_INLINE bool condition(u16 flags) {
     bool result;
     constexpr unsigned kind = C >> 1;
-    if constexpr (kind == 0) result = flags & 1;                 // O
-    if constexpr (kind == 1) result = flags & 0x0100;            // B
-    if constexpr (kind == 2) result = flags & 0x4000;            // Z
-    if constexpr (kind == 3) result = flags & 0x4100;            // BE
-    if constexpr (kind == 4) result = flags & 0x8000;            // S
-    if constexpr (kind == 5) result = flags & 0x0400;            // P
-    if constexpr (kind == 6) result = ((flags >> 15) ^ flags) & 1;  // L
+    if constexpr (kind == 0) result = flags & 1;                                         // O
+    if constexpr (kind == 1) result = flags & 0x0100;                                    // B
+    if constexpr (kind == 2) result = flags & 0x4000;                                    // Z
+    if constexpr (kind == 3) result = flags & 0x4100;                                    // BE
+    if constexpr (kind == 4) result = flags & 0x8000;                                    // S
+    if constexpr (kind == 5) result = flags & 0x0400;                                    // P
+    if constexpr (kind == 6) result = ((flags >> 15) ^ flags) & 1;                       // L
     if constexpr (kind == 7) result = (flags & 0x4000) | (((flags >> 15) ^ flags) & 1);  // LE
     return (C & 1) ? !result : result;
 }
 
 template <class T>
-inline constexpr unsigned kLogSize = sizeof(T) == 1 ? 0 : sizeof(T) == 2 ? 1 : sizeof(T) == 4 ? 2 : 3;
+inline constexpr unsigned kLogSize = sizeof(T) == 1   ? 0
+                                     : sizeof(T) == 2 ? 1
+                                     : sizeof(T) == 4 ? 2
+                                                      : 3;
 
-constexpr unsigned log_size(unsigned size) { return size == 1 ? 0 : size == 2 ? 1 : size == 4 ? 2 : 3; }
+constexpr unsigned log_size(unsigned size) {
+    return size == 1 ? 0 : size == 2 ? 1 : size == 4 ? 2 : 3;
+}
 
 /// Calls `visit` with a value of the unsigned type of that many bytes.
 template <class F>
 constexpr auto with_size(unsigned size, F visit) {
     switch (size) {
-        case 1: return visit(u8{});
-        case 2: return visit(u16{});
-        case 4: return visit(u32{});
-        default: return visit(u64{});
+        case 1:
+            return visit(u8{});
+        case 2:
+            return visit(u16{});
+        case 4:
+            return visit(u32{});
+        default:
+            return visit(u64{});
     }
 }
 
 // The selectors of the fast_*.cpp files: a handler for this form, or nullptr.
 Handler alu_register_handler(AluOp op, unsigned size, bool immediate, bool live);
-Handler alu_load_handler(AluOp op, unsigned size, AddressKind kind, bool live);   // reg op= mem
-Handler alu_store_handler(AluOp op, unsigned size, AddressKind kind, bool immediate);  // mem op= reg/imm
+Handler alu_load_handler(AluOp op, unsigned size, AddressKind kind, bool live);  // reg op= mem
+Handler alu_store_handler(AluOp op, unsigned size, AddressKind kind,
+                          bool immediate);  // mem op= reg/imm
 Handler test_handler(unsigned size, bool immediate);
 Handler test_memory_handler(unsigned size, AddressKind kind, bool immediate);
 Handler fused_handler(bool test, unsigned size, bool immediate, unsigned cc);

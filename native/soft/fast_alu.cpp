@@ -1,4 +1,5 @@
-// ADD OR ADC SBB AND SUB XOR CMP between registers and immediates, TEST, and CMP/TEST fused with Jcc.
+// ADD OR ADC SBB AND SUB XOR CMP between registers and immediates, TEST, and CMP/TEST fused with
+// Jcc.
 #include "soft/fast.hpp"
 
 namespace polyvisor::soft {

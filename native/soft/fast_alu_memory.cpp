@@ -59,25 +59,28 @@ const Uop* step_memory(const Uop* u, VcpuFrame* f) {
     PV_NEXT;
 }
 
-// Calls `visit` with the address kind as a template argument. Byte and word forms are rarer: they use
-// the general 64-bit form for all 64-bit kinds but segment ones.
+// Calls `visit` with the address kind as a template argument. Byte and word forms are rarer: they
+// use the general 64-bit form for all 64-bit kinds but segment ones.
 template <class T, class F>
 Handler with_kind(AddressKind kind, F visit) {
     switch (kind) {
         case kAddressBase:
             if constexpr (sizeof(T) >= 4) return visit.template operator()<kAddressBase>();
             [[fallthrough]];
-        case kAddressIndex: return visit.template operator()<kAddressIndex>();
-        case kAddressSeg: return visit.template operator()<kAddressSeg>();
-        default: return visit.template operator()<kAddress32>();
+        case kAddressIndex:
+            return visit.template operator()<kAddressIndex>();
+        case kAddressSeg:
+            return visit.template operator()<kAddressSeg>();
+        default:
+            return visit.template operator()<kAddress32>();
     }
 }
 
 template <class T, AddressKind K, bool Live>
-constexpr Handler kLoads[kAluOps] = {
-    alu_load<kAdd, T, K, Live>, alu_load<kOr, T, K, Live>,  alu_load<kAdc, T, K, Live>,
-    alu_load<kSbb, T, K, Live>, alu_load<kAnd, T, K, Live>, alu_load<kSub, T, K, Live>,
-    alu_load<kXor, T, K, Live>, alu_load<kCmp, T, K, Live>};
+constexpr Handler kLoads[kAluOps] = {alu_load<kAdd, T, K, Live>, alu_load<kOr, T, K, Live>,
+                                     alu_load<kAdc, T, K, Live>, alu_load<kSbb, T, K, Live>,
+                                     alu_load<kAnd, T, K, Live>, alu_load<kSub, T, K, Live>,
+                                     alu_load<kXor, T, K, Live>, alu_load<kCmp, T, K, Live>};
 
 template <class T, AddressKind K, bool Immediate>
 constexpr Handler kStores[kAluOps] = {

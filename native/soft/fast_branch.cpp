@@ -11,7 +11,9 @@ PV_INLINE u64 after(const Uop* u, VcpuFrame* f) {
 }
 
 // A target that is not canonical faults on the branch itself (SDM 2, JMP): left to the operation.
-PV_INLINE bool canonical48(u64 ip) { return static_cast<u64>(static_cast<s64>(ip << 16) >> 16) == ip; }
+PV_INLINE bool canonical48(u64 ip) {
+    return static_cast<u64>(static_cast<s64>(ip << 16) >> 16) == ip;
+}
 
 template <unsigned C>
 const Uop* jcc(const Uop* u, VcpuFrame* f) {
@@ -19,7 +21,9 @@ const Uop* jcc(const Uop* u, VcpuFrame* f) {
     return leave_to(f, after(u, f), 0);
 }
 
-const Uop* jump(const Uop* u, VcpuFrame* f) { return leave_to(f, u->disp, 0); }
+const Uop* jump(const Uop* u, VcpuFrame* f) {
+    return leave_to(f, u->disp, 0);
+}
 
 const Uop* call(const Uop* u, VcpuFrame* f) {
     u64 linear = f->gpr[kRsp] - 8;
@@ -40,8 +44,8 @@ const Uop* ret(const Uop* u, VcpuFrame* f) {
     return leave_indirect(f, ip);
 }
 
-// `Loaded`: the target came from memory. Then a stack page that misses must not lead to another try:
-// table and stack may need the same TLB entry, and would take it from each other for ever.
+// `Loaded`: the target came from memory. Then a stack page that misses must not lead to another
+// try: table and stack may need the same TLB entry, and would take it from each other for ever.
 template <bool Call, bool Loaded>
 PV_INLINE const Uop* go_indirect(const Uop* u, VcpuFrame* f, u64 ip) {
     if (PV_UNLIKELY(!canonical48(ip))) return run_generic(u, f);
@@ -76,11 +80,21 @@ constexpr Handler kJcc[16] = {jcc<0>, jcc<1>, jcc<2>,  jcc<3>,  jcc<4>,  jcc<5>,
 
 }  // namespace
 
-Handler jcc_handler(unsigned cc) { return kJcc[cc]; }
-Handler jump_handler() { return jump; }
-Handler call_handler() { return call; }
-Handler return_handler() { return ret; }
-Handler indirect_handler(bool call) { return call ? indirect<true> : indirect<false>; }
+Handler jcc_handler(unsigned cc) {
+    return kJcc[cc];
+}
+Handler jump_handler() {
+    return jump;
+}
+Handler call_handler() {
+    return call;
+}
+Handler return_handler() {
+    return ret;
+}
+Handler indirect_handler(bool call) {
+    return call ? indirect<true> : indirect<false>;
+}
 Handler indirect_load_handler(bool call, AddressKind kind) {
     if (kind == kAddressBase) {
         return call ? indirect_load<true, kAddressBase> : indirect_load<false, kAddressBase>;

@@ -59,7 +59,9 @@ const Uop* shift(const Uop* u, VcpuFrame* f) {
         if (!ByCl || PV_LIKELY(count != 0)) a = shift_with_flags<O, T>(f, a, count);
     } else {
         using S = std::make_signed_t<T>;
-        a = O == kShl ? a << count : O == kShr ? a >> count : static_cast<T>(static_cast<S>(a) >> count);
+        a = O == kShl   ? a << count
+            : O == kShr ? a >> count
+                        : static_cast<T>(static_cast<S>(a) >> count);
     }
     set_gpr<T>(f, u->dst, a);
     PV_NEXT;
@@ -70,7 +72,10 @@ template <class T, bool Live>
 PV_INLINE T multiply(VcpuFrame* f, T a, T b) {
     if constexpr (!Live || sizeof(T) == 1) return static_cast<T>(a * b);  // there is no byte form
     u32 flags = f->oszapc;
-    asm("sahf\n\timul %[b], %[a]\n\tlahf\n\tseto %%al" : [a] "+&r"(a), "+a"(flags) : [b] "r"(b) : "cc");
+    asm("sahf\n\timul %[b], %[a]\n\tlahf\n\tseto %%al"
+        : [a] "+&r"(a), "+a"(flags)
+        : [b] "r"(b)
+        : "cc");
     f->oszapc = static_cast<u16>(flags);
     return a;
 }
@@ -160,7 +165,8 @@ const Uop* bit_test(const Uop* u, VcpuFrame* f) {
 template <class T>
 const Uop* byte_swap(const Uop* u, VcpuFrame* f) {
     T a = gpr_at<T>(f, u->dst);
-    set_gpr<T>(f, u->dst, sizeof(T) == 8 ? __builtin_bswap64(a) : __builtin_bswap32(static_cast<u32>(a)));
+    set_gpr<T>(f, u->dst,
+               sizeof(T) == 8 ? __builtin_bswap64(a) : __builtin_bswap32(static_cast<u32>(a)));
     PV_NEXT;
 }
 
@@ -178,15 +184,15 @@ const Uop* cmov(const Uop* u, VcpuFrame* f) {
     PV_NEXT;
 }
 
-#define PV_16(name, ...)                                                                        \
-    {name<0 __VA_OPT__(,) __VA_ARGS__>,  name<1 __VA_OPT__(,) __VA_ARGS__>,                      \
-     name<2 __VA_OPT__(,) __VA_ARGS__>,  name<3 __VA_OPT__(,) __VA_ARGS__>,                      \
-     name<4 __VA_OPT__(,) __VA_ARGS__>,  name<5 __VA_OPT__(,) __VA_ARGS__>,                      \
-     name<6 __VA_OPT__(,) __VA_ARGS__>,  name<7 __VA_OPT__(,) __VA_ARGS__>,                      \
-     name<8 __VA_OPT__(,) __VA_ARGS__>,  name<9 __VA_OPT__(,) __VA_ARGS__>,                      \
-     name<10 __VA_OPT__(,) __VA_ARGS__>, name<11 __VA_OPT__(,) __VA_ARGS__>,                     \
-     name<12 __VA_OPT__(,) __VA_ARGS__>, name<13 __VA_OPT__(,) __VA_ARGS__>,                     \
-     name<14 __VA_OPT__(,) __VA_ARGS__>, name<15 __VA_OPT__(,) __VA_ARGS__>}
+#define PV_16(name, ...)                                                       \
+    {name<0 __VA_OPT__(, ) __VA_ARGS__>,  name<1 __VA_OPT__(, ) __VA_ARGS__>,  \
+     name<2 __VA_OPT__(, ) __VA_ARGS__>,  name<3 __VA_OPT__(, ) __VA_ARGS__>,  \
+     name<4 __VA_OPT__(, ) __VA_ARGS__>,  name<5 __VA_OPT__(, ) __VA_ARGS__>,  \
+     name<6 __VA_OPT__(, ) __VA_ARGS__>,  name<7 __VA_OPT__(, ) __VA_ARGS__>,  \
+     name<8 __VA_OPT__(, ) __VA_ARGS__>,  name<9 __VA_OPT__(, ) __VA_ARGS__>,  \
+     name<10 __VA_OPT__(, ) __VA_ARGS__>, name<11 __VA_OPT__(, ) __VA_ARGS__>, \
+     name<12 __VA_OPT__(, ) __VA_ARGS__>, name<13 __VA_OPT__(, ) __VA_ARGS__>, \
+     name<14 __VA_OPT__(, ) __VA_ARGS__>, name<15 __VA_OPT__(, ) __VA_ARGS__>}
 
 constexpr Handler kSetcc[16] = PV_16(setcc);
 constexpr Handler kCmov32[16] = PV_16(cmov, u32);
@@ -213,9 +219,12 @@ Handler shift_handler(unsigned group, unsigned size, bool by_cl, bool live) {
     if (group < 4 || size < 4) return nullptr;
     unsigned which = group == 5 ? kShr : group == 7 ? kSar : kShl;
     return with_size(size, [&]<class T>(T) -> Handler {
-        if constexpr (sizeof(T) < 4) return nullptr;
-        else if (by_cl) return kShifts<T, true, true>[which];
-        else return live ? kShifts<T, false, true>[which] : kShifts<T, false, false>[which];
+        if constexpr (sizeof(T) < 4)
+            return nullptr;
+        else if (by_cl)
+            return kShifts<T, true, true>[which];
+        else
+            return live ? kShifts<T, false, true>[which] : kShifts<T, false, false>[which];
     });
 }
 
@@ -263,7 +272,9 @@ Handler byte_swap_handler(unsigned size) {
     return size == 8 ? byte_swap<u64> : size == 4 ? byte_swap<u32> : nullptr;
 }
 
-Handler setcc_handler(unsigned cc) { return kSetcc[cc]; }
+Handler setcc_handler(unsigned cc) {
+    return kSetcc[cc];
+}
 
 Handler cmov_handler(unsigned size, unsigned cc) {
     return size == 8 ? kCmov64[cc] : size == 4 ? kCmov32[cc] : nullptr;

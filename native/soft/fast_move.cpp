@@ -73,10 +73,14 @@ const Uop* pop_register(const Uop* u, VcpuFrame* f) {
 template <class F>
 Handler with_kind(AddressKind kind, F visit) {
     switch (kind) {
-        case kAddressBase: return visit.template operator()<kAddressBase>();
-        case kAddressIndex: return visit.template operator()<kAddressIndex>();
-        case kAddressSeg: return visit.template operator()<kAddressSeg>();
-        default: return visit.template operator()<kAddress32>();
+        case kAddressBase:
+            return visit.template operator()<kAddressBase>();
+        case kAddressIndex:
+            return visit.template operator()<kAddressIndex>();
+        case kAddressSeg:
+            return visit.template operator()<kAddressSeg>();
+        default:
+            return visit.template operator()<kAddress32>();
     }
 }
 
@@ -86,9 +90,7 @@ Handler with_extension(unsigned to, unsigned from, bool sign, F visit) {
     auto with_from = [&]<class To>(To) -> Handler {
         if (sign) {
             using S = std::make_signed_t<To>;
-            return from == 1   ? visit(S{}, s8{})
-                   : from == 2 ? visit(S{}, s16{})
-                               : visit(S{}, s32{});
+            return from == 1 ? visit(S{}, s8{}) : from == 2 ? visit(S{}, s16{}) : visit(S{}, s32{});
         }
         return from == 1 ? visit(To{}, u8{}) : visit(To{}, u16{});
     };
@@ -134,15 +136,16 @@ Handler extend_load_handler(unsigned to, unsigned from, bool sign, AddressKind k
 
 Handler lea_handler(unsigned size, AddressKind kind) {
     if (kind == kAddressSeg || size < 4) return nullptr;
-    return with_kind(kind, [&]<AddressKind K>() -> Handler {
-        return size == 8 ? lea<u64, K> : lea<u32, K>;
-    });
+    return with_kind(
+        kind, [&]<AddressKind K>() -> Handler { return size == 8 ? lea<u64, K> : lea<u32, K>; });
 }
 
 Handler push_handler(bool immediate) {
     return immediate ? push_register<true> : push_register<false>;
 }
 
-Handler pop_handler() { return pop_register; }
+Handler pop_handler() {
+    return pop_register;
+}
 
 }  // namespace polyvisor::soft

@@ -14,7 +14,9 @@ u64 linear_ip(const VcpuFrame& f) {
 }
 
 // A block's stamp is only good for the code segment it was checked against.
-u32 limit_of(const VcpuFrame& f) { return f.long64() ? 0xffffffff : f.seg[kCs].limit; }
+u32 limit_of(const VcpuFrame& f) {
+    return f.long64() ? 0xffffffff : f.seg[kCs].limit;
+}
 
 }  // namespace
 
@@ -89,7 +91,8 @@ Block* SoftVcpu::make_block(u64 gpa, u64 linear, u32 mode) {
     Block block;
     block.linear = linear;
     block.gpa = gpa;
-    u8 outside[kPageSize];  // code in what is no memory: the bus answers once, when the block is made
+    u8 outside[kPageSize];  // code in what is no memory: the bus answers once, when the block is
+                            // made
     const GuestMemory::Region* region = env.memory.find(Gpa(gpa));
     u64 in_page = kPageSize - (gpa & kPageMask);
     const u8* host = region != nullptr ? region->host(gpa) : outside;

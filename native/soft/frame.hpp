@@ -1,6 +1,7 @@
-// VcpuFrame: everything one soft vCPU's execution touches, as plain data in one place. The interpreter
-// keeps guest registers here; translated code will pin most of them in host registers and use the
-// frame as its base pointer, which is why the hot fields come first and the layout is asserted.
+// VcpuFrame: everything one soft vCPU's execution touches, as plain data in one place. The
+// interpreter keeps guest registers here; translated code will pin most of them in host registers
+// and use the frame as its base pointer, which is why the hot fields come first and the layout is
+// asserted.
 //
 // Status flags (OSZAPC) live apart from the rest of RFLAGS, as the host's LAHF+SETO leave them:
 // `oszapc` is AH = SF ZF . AF . PF . CF, AL = OF. rflags() and set_rflags() convert.
@@ -20,15 +21,45 @@ struct Uop;
 struct JumpCache;
 
 enum Rflags : u64 {
-    kFlagC = 1, kFlagP = 4, kFlagA = 16, kFlagZ = 64, kFlagS = 128, kFlagT = 256, kFlagI = 512,
-    kFlagD = 1024, kFlagO = 2048, kFlagIopl = 3 << 12, kFlagNt = 1 << 14, kFlagRf = 1 << 16,
-    kFlagVm = 1 << 17, kFlagAc = 1 << 18, kFlagVif = 1 << 19, kFlagVip = 1 << 20, kFlagId = 1 << 21,
+    kFlagC = 1,
+    kFlagP = 4,
+    kFlagA = 16,
+    kFlagZ = 64,
+    kFlagS = 128,
+    kFlagT = 256,
+    kFlagI = 512,
+    kFlagD = 1024,
+    kFlagO = 2048,
+    kFlagIopl = 3 << 12,
+    kFlagNt = 1 << 14,
+    kFlagRf = 1 << 16,
+    kFlagVm = 1 << 17,
+    kFlagAc = 1 << 18,
+    kFlagVif = 1 << 19,
+    kFlagVip = 1 << 20,
+    kFlagId = 1 << 21,
     kFlagStatus = kFlagC | kFlagP | kFlagA | kFlagZ | kFlagS | kFlagO,
 };
 
 enum Vector : u8 {
-    kDe = 0, kDb = 1, kNmi = 2, kBp = 3, kOf = 4, kBr = 5, kUd = 6, kNm = 7, kDf = 8, kTs = 10,
-    kNp = 11, kSsFault = 12, kGp = 13, kPf = 14, kMf = 16, kAcFault = 17, kMcFault = 18, kXm = 19,
+    kDe = 0,
+    kDb = 1,
+    kNmi = 2,
+    kBp = 3,
+    kOf = 4,
+    kBr = 5,
+    kUd = 6,
+    kNm = 7,
+    kDf = 8,
+    kTs = 10,
+    kNp = 11,
+    kSsFault = 12,
+    kGp = 13,
+    kPf = 14,
+    kMf = 16,
+    kAcFault = 17,
+    kMcFault = 18,
+    kXm = 19,
 };
 
 /// What an operation that returned false wants.
@@ -36,35 +67,35 @@ enum class Pending : u8 {
     kNone,
     kException,  ///< deliver `vector`; RIP stays at the instruction (faults) or after it (traps)
     kExit,       ///< leave run(): `exit` says why, RIP is where to go on
-    kRestart,    ///< a repeated instruction that is not finished: run it again at the same RIP, after
-                 ///< a look at interrupts (and, with TF set, after the trap of this iteration)
+    kRestart,  ///< a repeated instruction that is not finished: run it again at the same RIP, after
+               ///< a look at interrupts (and, with TF set, after the trap of this iteration)
 };
 
 struct Fault {
     Pending pending = Pending::kNone;
     u8 vector = 0;
     bool has_error = false;
-    bool trap = false;   ///< RIP pushed is the next instruction's (already in frame.rip)
+    bool trap = false;  ///< RIP pushed is the next instruction's (already in frame.rip)
     u32 error = 0;
-    u64 cr2 = 0;         ///< #PF
-    u64 dr6 = 0;         ///< #DB: bits to set
+    u64 cr2 = 0;  ///< #PF
+    u64 dr6 = 0;  ///< #DB: bits to set
 };
 
 /// Why other threads (or the vCPU itself) want the run loop's attention: bits of irq_req.
 enum Request : u32 {
-    kRequestInterrupt = 1,   ///< the local APIC's pending() may have changed
+    kRequestInterrupt = 1,  ///< the local APIC's pending() may have changed
     kRequestNmi = 2,
     kRequestSmi = 4,
     kRequestInit = 8,
     kRequestSipi = 16,
     kRequestStop = 32,
-    kRequestInvalidate = 64, ///< code pages written by somebody else are queued
-    kRequestTimer = 128,     ///< deterministic mode: a timer's deadline changed
+    kRequestInvalidate = 64,  ///< code pages written by somebody else are queued
+    kRequestTimer = 128,      ///< deterministic mode: a timer's deadline changed
 };
 
 /// One 256-entry direct-mapped translation cache for one access context. For the page at entry
-/// n = (va >> 12) & 255: neg_x[n] = -(page address), so va + neg_x is the offset in the page, and one
-/// unsigned compare with 4096 - size checks tag, permission and page crossing at once; the host
+/// n = (va >> 12) & 255: neg_x[n] = -(page address), so va + neg_x is the offset in the page, and
+/// one unsigned compare with 4096 - size checks tag, permission and page crossing at once; the host
 /// address is va + addend[n]. An entry that must not match holds the negated address of a page that
 /// belongs to another entry (never probed here).
 struct Tlb {
@@ -81,30 +112,33 @@ enum TlbContext : u8 { kTlbUser, kTlbSupervisor, kTlbSupervisorAc, kTlbNone, kTl
 /// Bits of VcpuFrame::mode: what decoding and the choice of handlers depend on. A block is only
 /// entered in the mode it was made for.
 enum ModeBits : u32 {
-    kModeCodeSize = 3,         ///< CodeSize
-    kModeStack32 = 1 << 2,     ///< SS.B (outside 64-bit mode)
+    kModeCodeSize = 3,      ///< CodeSize
+    kModeStack32 = 1 << 2,  ///< SS.B (outside 64-bit mode)
     kModeCplMask = 3 << 3,
-    kModeProtected = 1 << 5,   ///< CR0.PE and not virtual-8086
+    kModeProtected = 1 << 5,  ///< CR0.PE and not virtual-8086
     kModeVm86 = 1 << 6,
-    kModeSegCheck = 1 << 7,    ///< some data segment or stack is not flat: bases and limits are checked
-    kModeFpuTrap = 1 << 8,     ///< CR0.EM or CR0.TS: x87 gives #NM
-    kModeSseUd = 1 << 9,       ///< CR0.EM, or CR4.OSFXSR clear: SSE gives #UD
-    kModeTs = 1 << 10,         ///< CR0.TS: SSE, AVX and MMX give #NM
-    kModeAvxUd = 1 << 11,      ///< AVX gives #UD: CR4.OSXSAVE clear or XCR0[2:1] != 3, or not protected
-    kModeEm = 1 << 12,         ///< CR0.EM: MMX gives #UD
-    kModeFpException = 1 << 13,///< MXCSR unmasks something: handlers of kFpExcept rows check before commit
-    kModeAlignCheck = 1 << 14, ///< CR0.AM, EFLAGS.AC and CPL 3
-    kModeStep = 1 << 15,       ///< TF, or a debug-register breakpoint is enabled: one instruction at a time
-    kModeLongActive = 1 << 16, ///< EFER.LMA
+    kModeSegCheck =
+        1 << 7,  ///< some data segment or stack is not flat: bases and limits are checked
+    kModeFpuTrap = 1 << 8,  ///< CR0.EM or CR0.TS: x87 gives #NM
+    kModeSseUd = 1 << 9,    ///< CR0.EM, or CR4.OSFXSR clear: SSE gives #UD
+    kModeTs = 1 << 10,      ///< CR0.TS: SSE, AVX and MMX give #NM
+    kModeAvxUd = 1 << 11,  ///< AVX gives #UD: CR4.OSXSAVE clear or XCR0[2:1] != 3, or not protected
+    kModeEm = 1 << 12,     ///< CR0.EM: MMX gives #UD
+    kModeFpException =
+        1 << 13,  ///< MXCSR unmasks something: handlers of kFpExcept rows check before commit
+    kModeAlignCheck = 1 << 14,  ///< CR0.AM, EFLAGS.AC and CPL 3
+    kModeStep =
+        1 << 15,  ///< TF, or a debug-register breakpoint is enabled: one instruction at a time
+    kModeLongActive = 1 << 16,  ///< EFER.LMA
 };
 
 /// x87/MMX registers: physical registers R0..R7 as 10-byte extended values (MMX: the low 8 bytes).
 struct X87State {
     alignas(16) u8 reg[8][16];
     u16 control = 0x37f;
-    u16 status = 0;      ///< TOP in bits 11..13
-    u8 tags = 0;         ///< abridged: bit n set = physical register n is not empty (FXSAVE's FTW)
-    u16 opcode = 0;      ///< FOP
+    u16 status = 0;  ///< TOP in bits 11..13
+    u8 tags = 0;     ///< abridged: bit n set = physical register n is not empty (FXSAVE's FTW)
+    u16 opcode = 0;  ///< FOP
     u64 ip = 0, dp = 0;
     u16 cs = 0, ds = 0;
 };
@@ -113,25 +147,28 @@ struct alignas(64) VcpuFrame {
     // Hot: reachable with an 8-bit displacement by translated code.
     std::atomic<u32> irq_req{0};
     u32 mode = 0;
-    s64 budget = 0;        ///< instructions that may still run before the run loop looks up
-    u64 gpr[17]{};         ///< [16] is always 0: "no register" in address arithmetic
-    u64 rip = 0;           ///< IP within CS; exact only outside handlers (see soft/ops.hpp)
+    s64 budget = 0;  ///< instructions that may still run before the run loop looks up
+    u64 gpr[17]{};   ///< [16] is always 0: "no register" in address arithmetic
+    u64 rip = 0;     ///< IP within CS; exact only outside handlers (see soft/ops.hpp)
     u16 oszapc = 0x0200;
-    bool shadow = false;   ///< interrupt shadow: STI, MOV SS, POP SS
-    bool shadow_ss = false;///< ... of the kind that also holds back #DB
-    bool no_step_trap = false;  ///< the instruction took TF away itself (INT n, SYSCALL): no #DB after it
+    bool shadow = false;     ///< interrupt shadow: STI, MOV SS, POP SS
+    bool shadow_ss = false;  ///< ... of the kind that also holds back #DB
+    bool no_step_trap =
+        false;  ///< the instruction took TF away itself (INT n, SYSCALL): no #DB after it
     u8 reserved[3]{};
-    u64 rflags_rest = 2;   ///< RFLAGS without OSZAPC
-    Tlb* tlb_now = nullptr;///< &tlb[context of explicit data accesses now]
-    Block* block = nullptr;        ///< being executed
-    u64 host_rsp = 0;      ///< for translated code
-    const Uop* uop = nullptr;      ///< inside a generic operation: its uop (for the exact RIP)
+    u64 rflags_rest = 2;       ///< RFLAGS without OSZAPC
+    Tlb* tlb_now = nullptr;    ///< &tlb[context of explicit data accesses now]
+    Block* block = nullptr;    ///< being executed
+    u64 host_rsp = 0;          ///< for translated code
+    const Uop* uop = nullptr;  ///< inside a generic operation: its uop (for the exact RIP)
     JumpCache* jump_cache = nullptr;
-    u64 code_base = 0;     ///< CS.base and limit that blocks stamped with `epoch` were checked against
+    u64 code_base = 0;  ///< CS.base and limit that blocks stamped with `epoch` were checked against
     u32 code_limit = 0;
-    u64 epoch = 1;         ///< blocks stamped with it are known to be mapped where they were made
-    bool block_dead = false;       ///< the block being executed was overwritten: leave it after this insn
-    bool link_slot_valid = false;  ///< the block was left by edge `link_slot`, which is not linked yet
+    u64 epoch = 1;  ///< blocks stamped with it are known to be mapped where they were made
+    bool block_dead =
+        false;  ///< the block being executed was overwritten: leave it after this insn
+    bool link_slot_valid =
+        false;  ///< the block was left by edge `link_slot`, which is not linked yet
     u8 link_slot = 0;
 
     // Segments and control state.
@@ -139,7 +176,7 @@ struct alignas(64) VcpuFrame {
     Segment ldtr, tr;
     DescriptorTable gdtr, idtr;
     u64 cr0 = 0, cr2 = 0, cr3 = 0, cr4 = 0, xcr0 = 1;
-    u64 pdpte[4]{};              ///< PAE: loaded by MOV CR3 and by changes of CR0/CR4
+    u64 pdpte[4]{};  ///< PAE: loaded by MOV CR3 and by changes of CR0/CR4
     u64 dr[4]{}, dr6 = 0xffff0ff0, dr7 = 0x400;
     u32 pkru = 0;
     MsrState msr;
@@ -147,14 +184,14 @@ struct alignas(64) VcpuFrame {
     Activity activity = Activity::kRunning;
     bool nmi_blocked = false;
     bool nmi_pending = false;
-    u64 a20_mask = ~u64{0};      ///< and'ed to physical addresses
-    u64 physical_mask = 0;       ///< bits below MAXPHYADDR
-    u64 retired = 0;             ///< instructions retired before the current slice
-    u64 time_base = 0;           ///< deterministic mode: virtual time was this ...
-    u64 count_base = 0;          ///< ... when `retired` was this
+    u64 a20_mask = ~u64{0};  ///< and'ed to physical addresses
+    u64 physical_mask = 0;   ///< bits below MAXPHYADDR
+    u64 retired = 0;         ///< instructions retired before the current slice
+    u64 time_base = 0;       ///< deterministic mode: virtual time was this ...
+    u64 count_base = 0;      ///< ... when `retired` was this
 
     Fault fault;
-    u64 debug_hits = 0;          ///< DR6 bits of data breakpoints met by the present instruction
+    u64 debug_hits = 0;  ///< DR6 bits of data breakpoints met by the present instruction
     SoftVcpu* vcpu = nullptr;
 
     // SIMD. MXCSR is in the host's own register while the interpreter runs, with all exceptions

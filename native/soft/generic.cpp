@@ -7,7 +7,9 @@ namespace polyvisor::soft {
 
 namespace {
 
-const OpInsn& op_insn(const Uop* u) { return *reinterpret_cast<const OpInsn*>(u->disp); }
+const OpInsn& op_insn(const Uop* u) {
+    return *reinterpret_cast<const OpInsn*>(u->disp);
+}
 
 inline u64 address64(const VcpuFrame& f, const Insn& i) {
     return f.gpr[i.base] + (f.gpr[i.index] << i.scale) + static_cast<u64>(i.disp);
@@ -31,15 +33,19 @@ u64 effective_address(const VcpuFrame& f, const Insn& i) {
                              : static_cast<u16>(address);
 }
 
-#define PV_RUN_OPERATION(address)                                      \
-    const OpInsn& o = op_insn(u);                                      \
-    f->uop = u;                                                        \
+#define PV_RUN_OPERATION(address)                                                 \
+    const OpInsn& o = op_insn(u);                                                 \
+    f->uop = u;                                                                   \
     if (PV_UNLIKELY(!o.operation(*f, o.insn, address))) return leave_fault(u, f); \
-    if (PV_UNLIKELY(f->block_dead)) return leave_after(u, f);          \
+    if (PV_UNLIKELY(f->block_dead)) return leave_after(u, f);                     \
     PV_NEXT
 
-const Uop* run_plain(const Uop* u, VcpuFrame* f) { PV_RUN_OPERATION(0); }
-const Uop* run_mem64(const Uop* u, VcpuFrame* f) { PV_RUN_OPERATION(address64(*f, o.insn)); }
+const Uop* run_plain(const Uop* u, VcpuFrame* f) {
+    PV_RUN_OPERATION(0);
+}
+const Uop* run_mem64(const Uop* u, VcpuFrame* f) {
+    PV_RUN_OPERATION(address64(*f, o.insn));
+}
 const Uop* run_mem_any(const Uop* u, VcpuFrame* f) {
     PV_RUN_OPERATION(effective_address(*f, o.insn));
 }
@@ -105,7 +111,9 @@ const Uop* check_aligned(const Uop* u, VcpuFrame* f) {
     PV_NEXT;
 }
 
-const Uop* fall_through(const Uop* u, VcpuFrame* f) { return leave_to(f, u->disp, 0); }
+const Uop* fall_through(const Uop* u, VcpuFrame* f) {
+    return leave_to(f, u->disp, 0);
+}
 
 const Uop* leave_fault(const Uop* u, VcpuFrame* f) {
     const Block& block = *f->block;
@@ -124,7 +132,9 @@ const Uop* leave_after(const Uop* u, VcpuFrame* f) {
     return nullptr;
 }
 
-u64 current_ip(const VcpuFrame& f, const Insn&) { return f.block->ip + f.uop->offset; }
+u64 current_ip(const VcpuFrame& f, const Insn&) {
+    return f.block->ip + f.uop->offset;
+}
 
 u64 next_ip(const VcpuFrame& f, const Insn&) {
     u64 ip = f.block->ip + f.uop->offset + f.uop->length;

@@ -6,9 +6,9 @@
 namespace polyvisor::soft {
 
 // disp: OpInsn*. By what the memory operand needs:
-const Uop* run_plain(const Uop* u, VcpuFrame* f);     ///< none
-const Uop* run_mem64(const Uop* u, VcpuFrame* f);     ///< 64-bit address arithmetic
-const Uop* run_mem_any(const Uop* u, VcpuFrame* f);   ///< any address size
+const Uop* run_plain(const Uop* u, VcpuFrame* f);    ///< none
+const Uop* run_mem64(const Uop* u, VcpuFrame* f);    ///< 64-bit address arithmetic
+const Uop* run_mem_any(const Uop* u, VcpuFrame* f);  ///< any address size
 /// 64-bit mode and address arithmetic, and #GP unless the operand is aligned to `size` bytes.
 const Uop* run_mem64_aligned(const Uop* u, VcpuFrame* f);
 /// Rows with kFpExcept while the guest's MXCSR unmasks something: any memory operand, or none.

@@ -1,6 +1,6 @@
-// While guest code runs, the host's MXCSR is the guest's: its rounding, its flushing of denormals, and
-// the sticky flags it collects. Whatever else runs on the thread meanwhile (devices, which may be
-// Python; containers that compute load factors) gets the host's usual one for that time.
+// While guest code runs, the host's MXCSR is the guest's: its rounding, its flushing of denormals,
+// and the sticky flags it collects. Whatever else runs on the thread meanwhile (devices, which may
+// be Python; containers that compute load factors) gets the host's usual one for that time.
 #pragma once
 
 #include "base/types.hpp"

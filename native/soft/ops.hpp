@@ -2,22 +2,22 @@
 //
 //   bool add_with_hat(VcpuFrame& f, const Insn& i, u64 ea);
 //
-// It does the whole of one instruction and returns true; or it changes nothing that the architecture
-// does not let a faulting instruction change, calls raise(...) and returns false (all raise functions
-// return false: `return raise_gp(f);`). `ea` is the effective address (offset in i.segment, wrapped to
-// the address size) when i.has_mem, else 0. Memory is reached with load()/store() below, which do
-// segmentation, paging, MMIO and page crossing.
+// It does the whole of one instruction and returns true; or it changes nothing that the
+// architecture does not let a faulting instruction change, calls raise(...) and returns false (all
+// raise functions return false: `return raise_gp(f);`). `ea` is the effective address (offset in
+// i.segment, wrapped to the address size) when i.has_mem, else 0. Memory is reached with
+// load()/store() below, which do segmentation, paging, MMIO and page crossing.
 //
 // What the framework has done before: feature and mode checks of the table row (kNo64, kCpl0, kFpu
-// #NM/#UD, pending #MF for kFpu/kMmx rows, alignment of kAligned rows, LOCK legality), so operations
-// do not repeat them. RIP: for rows without kEndsBlock, f.rip is stale and must not be used (use
-// next_ip()). For rows with kEndsBlock, f.rip is already the next instruction's; the operation may
-// change it (near branches: write f.rip, truncated to the operand size, after checking it against
-// CS.limit or for canonicality). When it returns false, the framework sets f.rip back to the
-// instruction, unless fault.trap is set.
+// #NM/#UD, pending #MF for kFpu/kMmx rows, alignment of kAligned rows, LOCK legality), so
+// operations do not repeat them. RIP: for rows without kEndsBlock, f.rip is stale and must not be
+// used (use next_ip()). For rows with kEndsBlock, f.rip is already the next instruction's; the
+// operation may change it (near branches: write f.rip, truncated to the operand size, after
+// checking it against CS.limit or for canonicality). When it returns false, the framework sets
+// f.rip back to the instruction, unless fault.trap is set.
 //
-// Each file of operations ends with its list: `const OpBinding kStringOps[] = {bind<Op::X, f>(), ...}`,
-// declared in soft/bindings.hpp. A test checks that every row has exactly one operation.
+// Each file of operations ends with its list: `const OpBinding kStringOps[] = {bind<Op::X, f>(),
+// ...}`, declared in soft/bindings.hpp. A test checks that every row has exactly one operation.
 #pragma once
 
 #include <cstring>
@@ -43,8 +43,12 @@ constexpr OpBinding bind() {
 
 [[gnu::cold]] bool raise(VcpuFrame& f, u8 vector);
 [[gnu::cold]] bool raise(VcpuFrame& f, u8 vector, u32 error);
-[[gnu::cold]] inline bool raise_ud(VcpuFrame& f) { return raise(f, kUd); }
-[[gnu::cold]] inline bool raise_gp(VcpuFrame& f, u32 error = 0) { return raise(f, kGp, error); }
+[[gnu::cold]] inline bool raise_ud(VcpuFrame& f) {
+    return raise(f, kUd);
+}
+[[gnu::cold]] inline bool raise_gp(VcpuFrame& f, u32 error = 0) {
+    return raise(f, kGp, error);
+}
 /// A trap-like exception (INT3, INTO, single step): f.rip is what gets pushed.
 [[gnu::cold]] bool raise_trap(VcpuFrame& f, u8 vector);
 
@@ -60,12 +64,14 @@ inline bool restart(VcpuFrame& f) {
 /// How a linear access is made.
 enum class Privilege : u8 {
     kCurrent,     ///< explicit access at CPL (with SMAP/AC)
-    kSupervisor,  ///< implicit supervisor access: descriptor tables, TSS, IDT, inner stacks (SDM 3A 4.6.1)
+    kSupervisor,  ///< implicit supervisor access: descriptor tables, TSS, IDT, inner stacks (SDM
+                  ///< 3A 4.6.1)
     kUser,        ///< as CPL 3
 };
 
-/// Linear address of [ea, ea+size) in segment `seg` after all segment checks; false: raised #GP/#SS.
-/// In 64-bit mode checks nothing but adds FS/GS bases (canonicality is checked by the access itself).
+/// Linear address of [ea, ea+size) in segment `seg` after all segment checks; false: raised
+/// #GP/#SS. In 64-bit mode checks nothing but adds FS/GS bases (canonicality is checked by the
+/// access itself).
 bool segmented_address(VcpuFrame& f, u8 seg, u64 ea, u32 size, bool write, u64& linear);
 inline bool linear_address(VcpuFrame& f, u8 seg, u64 ea, u32 size, bool write, u64& linear) {
     if (PV_LIKELY(f.long64())) {
@@ -85,13 +91,14 @@ bool write_linear(VcpuFrame& f, u64 linear, const void* from, u32 size, Privileg
 bool probe_write_linear(VcpuFrame& f, u64 linear, u32 size, Privilege privilege, u8 seg = kDs);
 /// Host address of [linear, +size) for a locked or repeated access, when that is wholly inside one
 /// page of RAM that may be written without traps (made so if need be: code of the page is dropped);
-/// nullptr with f.fault.pending == kNone when it must be done with read/write_linear (MMIO, crossing),
-/// nullptr with a fault pending when it faults.
+/// nullptr with f.fault.pending == kNone when it must be done with read/write_linear (MMIO,
+/// crossing), nullptr with a fault pending when it faults.
 u8* writable_host(VcpuFrame& f, u64 linear, u32 size, Privilege privilege, u8 seg = kDs);
 /// Same for reading.
 const u8* readable_host(VcpuFrame& f, u64 linear, u32 size, Privilege privilege, u8 seg = kDs);
 
-/// Translates for an explicit data access and caches that, when the page may be cached; false: raised.
+/// Translates for an explicit data access and caches that, when the page may be cached; false:
+/// raised.
 bool fill_tlb(VcpuFrame& f, u64 linear, bool write, u8 seg);
 
 /// The ModRM operand of the instruction: T is any trivially copyable type of the right size.
@@ -124,7 +131,8 @@ inline bool store(VcpuFrame& f, const Insn& i, u64 ea, const T& value) {
 bool load_bytes(VcpuFrame& f, const Insn& i, u64 ea, void* into, u32 size);
 bool store_bytes(VcpuFrame& f, const Insn& i, u64 ea, const void* from, u32 size);
 
-/// Stack (SS:rSP of the current stack size); size 2, 4 or 8. pop() and push() change RSP only on success.
+/// Stack (SS:rSP of the current stack size); size 2, 4 or 8. pop() and push() change RSP only on
+/// success.
 bool push(VcpuFrame& f, u64 value, u32 size);
 bool pop(VcpuFrame& f, u64& value, u32 size);
 
@@ -151,11 +159,13 @@ inline void write_reg(VcpuFrame& f, u8 n, unsigned size, u64 value) {
     }
 }
 
-/// IP of the instruction being executed and of the next one (rows without kEndsBlock; others: f.rip).
+/// IP of the instruction being executed and of the next one (rows without kEndsBlock; others:
+/// f.rip).
 u64 current_ip(const VcpuFrame& f, const Insn& i);
 u64 next_ip(const VcpuFrame& f, const Insn& i);
 
-// --- Mode and translation state (soft/modes.cpp, soft/mmu.cpp) -------------------------------------
+// --- Mode and translation state (soft/modes.cpp, soft/mmu.cpp)
+// -------------------------------------
 
 /// Recomputes mode, cpl-dependent TLB context and tlb_now after any change of CR0, CR4, EFER, XCR0,
 /// MXCSR masks, CS, SS, DS, ES, RFLAGS.{TF,VM,AC,IOPL} or DR7.

@@ -370,7 +370,8 @@ bool enter(VcpuFrame& f, const Insn& i, u64) {
         return fail();
     }
     f.gpr[kRsp] = top;
-    write_reg(f, kRbp, size, frame);  // in 64-bit mode, too, 16-bit ENTER writes only BP (as measured)
+    write_reg(f, kRbp, size,
+              frame);  // in 64-bit mode, too, 16-bit ENTER writes only BP (as measured)
     return true;
 }
 

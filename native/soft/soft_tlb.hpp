@@ -6,7 +6,9 @@
 namespace polyvisor::soft {
 
 /// What neg_r/neg_w hold when entry n must not match.
-constexpr u64 tlb_invalid(unsigned n) { return -(u64{n ^ 1} << kPageShift); }
+constexpr u64 tlb_invalid(unsigned n) {
+    return -(u64{n ^ 1} << kPageShift);
+}
 
 /// Empties every context.
 void clear_tlbs(VcpuFrame& f);

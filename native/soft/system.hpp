@@ -1,4 +1,5 @@
-// System behaviour that the run loop calls: delivery of exceptions and interrupts, CPU state in and out.
+// System behaviour that the run loop calls: delivery of exceptions and interrupts, CPU state in and
+// out.
 #pragma once
 
 #include "soft/ops.hpp"
@@ -7,11 +8,11 @@ namespace polyvisor::soft {
 
 enum class EventType : u8 { kExternal, kNmi, kException, kSoftware, kSoftwareException };
 
-/// Delivers f.fault (an exception) with benign/contributory/page-fault combination into double fault;
-/// on return f.fault is clear. False: triple fault (f.activity = kShutdown).
+/// Delivers f.fault (an exception) with benign/contributory/page-fault combination into double
+/// fault; on return f.fault is clear. False: triple fault (f.activity = kShutdown).
 bool deliver_fault(VcpuFrame& f);
-/// Delivers an external interrupt or NMI at the present f.rip. May itself end in an exception, which
-/// is delivered too. False: triple fault.
+/// Delivers an external interrupt or NMI at the present f.rip. May itself end in an exception,
+/// which is delivered too. False: triple fault.
 bool deliver_event(VcpuFrame& f, u8 vector, EventType type);
 
 /// Frame <-> State. load_state() assumes a validated state; it flushes translations.

@@ -22,14 +22,15 @@ Uop start_uop(const Insn& insn, const TranslateContext& context) {
     return u;
 }
 
-/// Status flags that the instruction sets whatever they were: those that make earlier writes dead. The
-/// manuals leave flags undefined that CPUs in fact keep (MUL, BT, ...), so the rows say too much here.
+/// Status flags that the instruction sets whatever they were: those that make earlier writes dead.
+/// The manuals leave flags undefined that CPUs in fact keep (MUL, BT, ...), so the rows say too
+/// much here.
 u8 flags_overwritten(const Insn& insn, const OpInfo& row) {
     if (row.map != Map::One) return 0;
     unsigned op = insn.opcode;
     unsigned ext = insn.modrm >> 3 & 7;
-    bool arithmetic = (op < 0x40 && (op & 7) < 6) || (op >= 0x80 && op <= 0x85) || op == 0xa8 ||
-                      op == 0xa9;
+    bool arithmetic =
+        (op < 0x40 && (op & 7) < 6) || (op >= 0x80 && op <= 0x85) || op == 0xa8 || op == 0xa9;
     bool group3 = (op == 0xf6 || op == 0xf7) && (ext <= 1 || ext == 3);
     bool step = (op == 0xfe || op == 0xff) && ext <= 1;
     unsigned count = op == 0xd1 ? 1 : insn.imm & (insn.opsize == 8 ? 63 : 31);
@@ -61,7 +62,8 @@ BlockBuilder::Step BlockBuilder::add(std::span<const u8> bytes) {
     return ends_block(item) ? Step::kEnd : Step::kMore;
 }
 
-// What the framework promises operations to have checked (soft/ops.hpp), as far as the mode decides.
+// What the framework promises operations to have checked (soft/ops.hpp), as far as the mode
+// decides.
 void BlockBuilder::check(Item& item) const {
     if (item.vector != kNoVector) return;
     const OpInfo& row = op_info(item.insn.op);
@@ -74,14 +76,20 @@ void BlockBuilder::check(Item& item) const {
         if (mode_ & kModeFpuTrap) item.vector = kNm;
     } else if (row.attrs & kMmx) {
         bool sse_off = (row.attrs & kSse) && (mode_ & kModeSseUd);  // MOVQ2DQ, CVTPI2PS, ...
-        if ((mode_ & kModeEm) || sse_off) item.vector = kUd;
-        else if (mode_ & kModeTs) item.vector = kNm;
+        if ((mode_ & kModeEm) || sse_off)
+            item.vector = kUd;
+        else if (mode_ & kModeTs)
+            item.vector = kNm;
     } else if (row.attrs & kSse) {
-        if (mode_ & kModeSseUd) item.vector = kUd;
-        else if (mode_ & kModeTs) item.vector = kNm;
+        if (mode_ & kModeSseUd)
+            item.vector = kUd;
+        else if (mode_ & kModeTs)
+            item.vector = kNm;
     } else if (row.attrs & kAvx) {
-        if (mode_ & kModeAvxUd) item.vector = kUd;
-        else if (mode_ & kModeTs) item.vector = kNm;
+        if (mode_ & kModeAvxUd)
+            item.vector = kUd;
+        else if (mode_ & kModeTs)
+            item.vector = kNm;
     }
     if (item.vector == kNoVector && operation_of(item.insn.op) == nullptr) item.vector = kUd;
 }
@@ -90,8 +98,9 @@ bool BlockBuilder::ends_block(const Item& item) {
     return item.vector != kNoVector || (op_info(item.insn.op).attrs & kEndsBlock);
 }
 
-// Status flags that are overwritten before anybody can read them need not be computed. Anything that
-// may fault, and the block's end, reads them all: the flags an exception handler sees are exact.
+// Status flags that are overwritten before anybody can read them need not be computed. Anything
+// that may fault, and the block's end, reads them all: the flags an exception handler sees are
+// exact.
 void BlockBuilder::mark_live_flags() {
     u8 live = kAllFlags;
     for (auto at = insns_.rbegin(); at != insns_.rend(); ++at) {
@@ -103,13 +112,13 @@ void BlockBuilder::mark_live_flags() {
         at->live = (row.flags_written & live) != 0;
         live &= static_cast<u8>(~flags_overwritten(at->insn, row));
         live |= flags_read(at->insn);
-        // Register-to-register integer instructions cannot fault, but for divisions; everything else
-        // is taken to.
-        bool divides = row.map == Map::One && ((row.opcode | 1) == 0xf7 ? at->insn.reg >= 6
-                                                                       : row.opcode == 0xd4);
+        // Register-to-register integer instructions cannot fault, but for divisions; everything
+        // else is taken to.
+        bool divides = row.map == Map::One &&
+                       ((row.opcode | 1) == 0xf7 ? at->insn.reg >= 6 : row.opcode == 0xd4);
         bool quiet = !at->insn.has_mem && !divides && row.feature == Feature::kBase &&
-                     (row.map == Map::One || row.map == Map::M0F) &&
-                     (row.attrs & kNative) && !(row.attrs & (kEndsBlock | kString | kFpu | kSse | kMmx));
+                     (row.map == Map::One || row.map == Map::M0F) && (row.attrs & kNative) &&
+                     !(row.attrs & (kEndsBlock | kString | kFpu | kSse | kMmx));
         if (!quiet) live = kAllFlags;
     }
 }
@@ -141,8 +150,8 @@ void BlockBuilder::emit(const Item& item, u8 number, std::vector<Uop>& uops) {
         u.run = check_mf;
         uops.push_back(u);
     }
-    bool aligned = insn.has_mem && ((row.attrs & kAlignedVex) ||
-                                    ((row.attrs & kAligned) && !vex_encoded(row)));
+    bool aligned = insn.has_mem &&
+                   ((row.attrs & kAlignedVex) || ((row.attrs & kAligned) && !vex_encoded(row)));
     bool checked = (row.attrs & kFpExcept) && (mode_ & kModeFpException);
     bool code64 = static_cast<CodeSize>(mode_ & kModeCodeSize) == CodeSize::k64;
     if (aligned) {

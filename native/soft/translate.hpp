@@ -10,10 +10,10 @@ namespace polyvisor::soft {
 /// What one instruction is translated with.
 struct TranslateContext {
     u32 mode;
-    u64 ip;            ///< of the instruction
-    u64 block_ip;      ///< of the block
-    u8 number;         ///< instructions before it
-    bool flags_live;   ///< its status flags may be read before they are overwritten
+    u64 ip;           ///< of the instruction
+    u64 block_ip;     ///< of the block
+    u8 number;        ///< instructions before it
+    bool flags_live;  ///< its status flags may be read before they are overwritten
 };
 
 /// Appends uops for a specialised form of the instruction; false when there is none.
@@ -29,7 +29,12 @@ class BlockBuilder {
     /// `fast` false: only generic operations (the reference that tests compare with).
     BlockBuilder(BlockCache& cache, const FeatureSet& features, u32 mode, u64 ip, u32 cs_limit,
                  bool fast)
-        : cache_(cache), features_(features), mode_(mode), ip_(ip), cs_limit_(cs_limit), fast_(fast) {}
+        : cache_(cache),
+          features_(features),
+          mode_(mode),
+          ip_(ip),
+          cs_limit_(cs_limit),
+          fast_(fast) {}
 
     enum class Step {
         kMore,       ///< taken
@@ -48,7 +53,7 @@ class BlockBuilder {
     struct Item {
         Insn insn;
         u16 offset;
-        u8 vector = 0;     ///< != 0: raise this instead (#UD, #GP, #NM)
+        u8 vector = 0;  ///< != 0: raise this instead (#UD, #GP, #NM)
         bool live = true;
     };
     void check(Item& item) const;

@@ -13,8 +13,8 @@ namespace polyvisor::soft {
 
 namespace {
 
-// Instructions between two looks at the clock when nothing else asks for attention. In deterministic
-// mode timers cut it short.
+// Instructions between two looks at the clock when nothing else asks for attention. In
+// deterministic mode timers cut it short.
 constexpr s64 kSlice = 1 << 20;
 
 // The host's MXCSR holds the guest's while guest code runs, exceptions masked (soft/frame.hpp).
@@ -46,8 +46,12 @@ Exit stop_exit(ExitReason reason, const char* text = "") {
 
 }  // namespace
 
-Environment& environment(VcpuFrame& f) { return f.vcpu->env; }
-const Environment& environment(const VcpuFrame& f) { return f.vcpu->env; }
+Environment& environment(VcpuFrame& f) {
+    return f.vcpu->env;
+}
+const Environment& environment(const VcpuFrame& f) {
+    return f.vcpu->env;
+}
 
 u64 read_tsc(VcpuFrame& f) {
     SoftVcpu& vcpu = *f.vcpu;
@@ -57,9 +61,17 @@ u64 read_tsc(VcpuFrame& f) {
 }
 
 SoftVcpu::SoftVcpu(const EngineConfig& config, CodePages& pages, u32 id, LocalInterrupts* lapic)
-    : env{config.memory, config.pio,  config.mmio,          config.clock,
-          config.cpuid,  lapic,       config.log,           id,
-          config.deterministic,       config.hypercall_exits, {}},
+    : env{config.memory,
+          config.pio,
+          config.mmio,
+          config.clock,
+          config.cpuid,
+          lapic,
+          config.log,
+          id,
+          config.deterministic,
+          config.hypercall_exits,
+          {}},
       tables(config.memory),
       blocks(frame, config.memory, pages),
       ns_per_1000_(config.ns_per_1000_instructions),
@@ -74,7 +86,8 @@ SoftVcpu::SoftVcpu(const EngineConfig& config, CodePages& pages, u32 id, LocalIn
 
 SoftVcpu::~SoftVcpu() = default;
 
-// --- Requests from other threads --------------------------------------------------------------------
+// --- Requests from other threads
+// --------------------------------------------------------------------
 
 void SoftVcpu::request(u32 bits) {
     u32 before = frame.irq_req.fetch_or(bits);
@@ -84,7 +97,9 @@ void SoftVcpu::request(u32 bits) {
     }
 }
 
-void SoftVcpu::request_stop() { request(kRequestStop); }
+void SoftVcpu::request_stop() {
+    request(kRequestStop);
+}
 
 void SoftVcpu::sipi(u8 vector) {
     sipi_vector_.store(vector);
@@ -137,7 +152,8 @@ bool SoftVcpu::deliver_pending(Exit& exit) {
     return !ok;
 }
 
-// --- Time -------------------------------------------------------------------------------------------
+// --- Time
+// -------------------------------------------------------------------------------------------
 
 u64 SoftVcpu::instructions_now() const {
     u64 done = frame.retired + static_cast<u64>(slice_ - frame.budget);
@@ -150,8 +166,9 @@ u64 SoftVcpu::instructions_now() const {
 // Deterministic mode: virtual time follows the instruction count.
 void SoftVcpu::advance_clock() {
     u64 count = instructions_now();
-    env.clock.advance_to(frame.time_base + static_cast<u64>(static_cast<u128>(count - frame.count_base) *
-                                                            ns_per_1000_ / 1000));
+    env.clock.advance_to(
+        frame.time_base +
+        static_cast<u64>(static_cast<u128>(count - frame.count_base) * ns_per_1000_ / 1000));
 }
 
 void SoftVcpu::run_timers() {
@@ -196,7 +213,8 @@ bool SoftVcpu::wait_while_halted(Exit& exit) {
     return false;
 }
 
-// --- The loop ---------------------------------------------------------------------------------------
+// --- The loop
+// ---------------------------------------------------------------------------------------
 
 Exit SoftVcpu::run() {
     GuestMxcsr mxcsr(frame);
@@ -303,7 +321,8 @@ bool SoftVcpu::before_step() {
     return false;
 }
 
-// Single step and data breakpoints: #DB as a trap, unless the instruction faulted or MOV SS holds it.
+// Single step and data breakpoints: #DB as a trap, unless the instruction faulted or MOV SS holds
+// it.
 void SoftVcpu::after_step(bool trap) {
     u64 hits = std::exchange(frame.debug_hits, 0);
     if (std::exchange(frame.no_step_trap, false)) trap = false;

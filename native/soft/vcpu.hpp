@@ -1,4 +1,5 @@
-// One soft vCPU: frame, environment, translation state, blocks, and the loop that ties them together.
+// One soft vCPU: frame, environment, translation state, blocks, and the loop that ties them
+// together.
 #pragma once
 
 #include <condition_variable>

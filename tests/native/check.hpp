@@ -1,5 +1,6 @@
 // The whole native test framework: CHECK(condition), CHECK_EQ(got, want), and PV_TEST_MAIN.
-// A failure prints where, what was got and what was wanted, and the program exits with 1 at the end.
+// A failure prints where, what was got and what was wanted, and the program exits with 1 at the
+// end.
 #pragma once
 
 #include <cstdio>
@@ -38,30 +39,31 @@ inline int finish(const char* name) {
 
 }  // namespace pvtest
 
-#define CHECK(condition)                                                                 \
-    do {                                                                                 \
-        ++pvtest::checks;                                                                \
-        if (!(condition)) pvtest::fail(__FILE__, __LINE__, "CHECK(" #condition ")");     \
+#define CHECK(condition)                                                             \
+    do {                                                                             \
+        ++pvtest::checks;                                                            \
+        if (!(condition)) pvtest::fail(__FILE__, __LINE__, "CHECK(" #condition ")"); \
     } while (0)
 
-#define CHECK_EQ(got, want)                                                              \
-    do {                                                                                 \
-        ++pvtest::checks;                                                                \
-        auto got_ = (got);                                                               \
-        auto want_ = (want);                                                             \
-        if (!(got_ == want_))                                                            \
-            pvtest::fail(__FILE__, __LINE__, std::string(#got " is ") +                  \
-                         pvtest::show(got_) + ", want " + pvtest::show(want_));          \
+#define CHECK_EQ(got, want)                                                                       \
+    do {                                                                                          \
+        ++pvtest::checks;                                                                         \
+        auto got_ = (got);                                                                        \
+        auto want_ = (want);                                                                      \
+        if (!(got_ == want_))                                                                     \
+            pvtest::fail(                                                                         \
+                __FILE__, __LINE__,                                                               \
+                std::string(#got " is ") + pvtest::show(got_) + ", want " + pvtest::show(want_)); \
     } while (0)
 
-#define CHECK_THROWS(expression, Type)                                                   \
-    do {                                                                                 \
-        ++pvtest::checks;                                                                \
-        bool thrown_ = false;                                                            \
-        try {                                                                            \
-            (void)(expression);                                                          \
-        } catch (const Type&) {                                                          \
-            thrown_ = true;                                                              \
-        }                                                                                \
+#define CHECK_THROWS(expression, Type)                                                       \
+    do {                                                                                     \
+        ++pvtest::checks;                                                                    \
+        bool thrown_ = false;                                                                \
+        try {                                                                                \
+            (void)(expression);                                                              \
+        } catch (const Type&) {                                                              \
+            thrown_ = true;                                                                  \
+        }                                                                                    \
         if (!thrown_) pvtest::fail(__FILE__, __LINE__, #expression " did not throw " #Type); \
     } while (0)

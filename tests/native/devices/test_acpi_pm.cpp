@@ -14,9 +14,7 @@ constexpr u64 kStatus = 0, kEnable = 2, kControl = 4, kTimer = 8, kGpeStatus = 1
 
 struct Fixture {
     explicit Fixture(bool wide = true)
-        : clock(Clock::Mode::kDeterministic),
-          pm(
-              clock, sci, [this] { ++offs; }, wide) {}
+        : clock(Clock::Mode::kDeterministic), pm(clock, sci, [this] { ++offs; }, wide) {}
     void run_to(Nanoseconds time) {
         clock.advance_to(time);
         clock.run_expired();

@@ -115,7 +115,6 @@ PV_GUEST(crossing_data, R"(
 
 namespace {
 
-
 void test_loop() {
     LongGuest guest(sum_loop());
     Exit exit = guest.run();
@@ -123,9 +122,6 @@ void test_loop() {
     CHECK_EQ(guest.reg(kRax), u64{500500});
     CHECK_EQ(guest.vcpu->save().instructions, u64{2 + 3 * 1000 + 1});
 }
-
-
-
 
 void test_self_modification() {
     LongGuest own(modify_own_block());
@@ -176,7 +172,6 @@ void test_page_crossing() {
     }
 }
 
-
 void test_conflicting_pages() {
     LongGuest guest(conflicting_pages());
     CHECK_EQ(guest.run().reason, ExitReason::kHalt);
@@ -217,12 +212,15 @@ std::string random_program(std::mt19937_64& random) {
         unsigned rex = 0x40 | (wide == 1 ? 8 : 0) | (r >= 8 ? 4 : 0);
         unsigned reg_rm = 0xc0 | (r & 7) << 3 | (m & 7);
         switch (pick(12)) {
-            case 0: case 1: case 2:  // op r, r of any size and direction
+            case 0:
+            case 1:
+            case 2:  // op r, r of any size and direction
                 byte(rex | (m >= 8));
                 byte(pick(8) << 3 | pick(4));
                 byte(reg_rm);
                 break;
-            case 3: case 4:  // op r, [rbx + disp8] and back
+            case 3:
+            case 4:  // op r, [rbx + disp8] and back
                 byte(rex);
                 byte(pick(8) << 3 | pick(4));
                 byte(0x43 | (r & 7) << 3);
@@ -248,7 +246,8 @@ std::string random_program(std::mt19937_64& random) {
             case 7:  // movzx, movsx, imul, bt, cmov, setcc
                 byte(rex | (m >= 8));
                 byte(0x0f);
-                static constexpr u8 kOps[] = {0xb6, 0xb7, 0xbe, 0xbf, 0xaf, 0xa3, 0x42, 0x4f, 0x95, 0x9c};
+                static constexpr u8 kOps[] = {0xb6, 0xb7, 0xbe, 0xbf, 0xaf,
+                                              0xa3, 0x42, 0x4f, 0x95, 0x9c};
                 byte(kOps[pick(10)]);
                 byte(reg_rm);
                 break;
@@ -275,7 +274,8 @@ std::string random_program(std::mt19937_64& random) {
                 byte(0x50 | (r & 7));
                 byte(m >= 8 ? 0x41 : 0x40);
                 byte(0x58 | (m & 7));
-                if (wide == 2) {  // the prefix went to the push: push 16 bits, pop 64. Put it right.
+                if (wide ==
+                    2) {  // the prefix went to the push: push 16 bits, pop 64. Put it right.
                     static constexpr char kAdjust[] = "\x48\x8d\x64\x24\xfa";  // lea -6(%rsp), %rsp
                     code.append(kAdjust, 5);
                 }
@@ -351,8 +351,10 @@ void show_first_difference(const std::string& program, u64 seed) {
         CpuState x = fast.vcpu->save(), y = generic.vcpu->save();
         if (!(x == y)) {
             std::fprintf(stderr, "  first after %llu instructions, bytes at %llx:",
-                         static_cast<unsigned long long>(count), static_cast<unsigned long long>(rip));
-            for (u64 n = 0; n < 8; ++n) std::fprintf(stderr, " %02x", fast.memory.load<u8>(Gpa(rip + n)));
+                         static_cast<unsigned long long>(count),
+                         static_cast<unsigned long long>(rip));
+            for (u64 n = 0; n < 8; ++n)
+                std::fprintf(stderr, " %02x", fast.memory.load<u8>(Gpa(rip + n)));
             std::fprintf(stderr, ", flags %llx / %llx\n", static_cast<unsigned long long>(x.rflags),
                          static_cast<unsigned long long>(y.rflags));
             check_same(fast, generic, seed, "first");
@@ -366,7 +368,8 @@ void show_first_difference(const std::string& program, u64 seed) {
 // instructions: any way of running a program gives the same state.
 void test_lockstep() {
     std::random_device entropy;
-    u64 seed = std::getenv("PV_SEED") ? std::strtoull(std::getenv("PV_SEED"), nullptr, 0) : entropy();
+    u64 seed =
+        std::getenv("PV_SEED") ? std::strtoull(std::getenv("PV_SEED"), nullptr, 0) : entropy();
     std::fprintf(stderr, "lockstep: PV_SEED=%llu\n", static_cast<unsigned long long>(seed));
     std::mt19937_64 random(seed);
     for (int n = 0; n < 400; ++n) {
@@ -378,7 +381,8 @@ void test_lockstep() {
         for (LongGuest* guest : {&fast, &generic, &stepped}) randomize(*guest, one);
         fast.run();
         generic.run();
-        if (!check_same(fast, generic, one, "fast and generic")) show_first_difference(program, one);
+        if (!check_same(fast, generic, one, "fast and generic"))
+            show_first_difference(program, one);
         for (int steps = 0; steps < 2000 && stepped.vcpu->save().activity == Activity::kRunning;
              ++steps) {
             stepped.run(1 + random() % 3);

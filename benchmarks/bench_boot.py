@@ -33,7 +33,16 @@ class Exec:
     """`polyvisor exec -- true`, again and again."""
 
     def __init__(self, *options: str) -> None:
-        self.command = [POLYVISOR, "exec", "--engine", "soft", "--json", *options, "--", "true"]
+        self.command = [
+            str(POLYVISOR),
+            "exec",
+            "--engine",
+            "soft",
+            "--json",
+            *options,
+            "--",
+            "true",
+        ]
         self.to_init: list[float] = []
         self.whole: list[float] = []
 

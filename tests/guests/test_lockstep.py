@@ -14,7 +14,7 @@ from polyvisor.images import kernel as kernels
 
 
 def boot(kernel: Path, append: str = "") -> tuple[str, str, dict[str, Any], str]:
-    """How a deterministic boot without a root file system ended: reason, RAM, registers, console."""
+    """How a deterministic boot without a root file system ended: reason, RAM, registers, output."""
     with Machine(memory="256M", engine="soft", deterministic=True) as machine:
         machine.load(kernel=kernel, cmdline=f"console=ttyS0 panic=-1 {append}")
         info = machine.run(timeout=240)

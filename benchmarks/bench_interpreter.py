@@ -22,7 +22,7 @@ ROUNDS = 5
 
 #: Each ends with ret and repeats itself rdi times: body, repetitions, whether the limit is for it.
 LOOPS = {
-    # Table-driven CRC-32 of 32 KiB: a byte load, a dependent table load.
+    # Table-driven CRC-32 of 32 KiB, as a compiler writes it: a byte load, a dependent table load.
     "crc": (
         """
         mov     r8d, 0x400000           # the table
@@ -39,15 +39,16 @@ LOOPS = {
         cmp     ecx, 256
         jne     1b
 4:      mov     esi, 0x513000
-        mov     ebx, 32768
+        lea     ebx, [rsi+32768]
         mov     edx, -1
 5:      movzx   ecx, byte ptr [rsi]
-        xor     cl, dl
+        add     rsi, 1
+        xor     ecx, edx
         shr     edx, 8
+        movzx   ecx, cl
         xor     edx, [r8+rcx*4]
-        inc     rsi
-        dec     ebx
-        jnz     5b
+        cmp     rbx, rsi
+        jne     5b
         dec     rdi
         jnz     4b
         ret

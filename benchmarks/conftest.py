@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from measure import FIGURES
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -14,3 +15,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "filterwarnings", "default::pytest_benchmark.logger.PytestBenchmarkWarning"
     )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What each benchmark found out: its table shows only how long it took."""
+    if FIGURES:
+        terminalreporter.section("figures")
+    for name, figures in FIGURES:
+        text = ", ".join(f"{figure} {value}" for figure, value in figures.items())
+        terminalreporter.line(f"{name}: {text}")

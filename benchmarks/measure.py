@@ -49,12 +49,16 @@ def peer(program: str) -> str:
     return path
 
 
+#: What `report` was told, for the end of the run.
+FIGURES: list[tuple[str, dict[str, object]]] = []
+
+
 def report(benchmark: BenchmarkFixture, **figures: object) -> None:
-    """Keeps figures with the benchmark's result, and prints them, rounded to be read."""
+    """Keeps figures with the benchmark's result (in the saved JSON its extra_info), and for the
+    summary at the end of the run."""
     figures = {
         name: float(f"{value:.4g}") if isinstance(value, float) else value
         for name, value in figures.items()
     }
     benchmark.extra_info.update(figures)
-    text = ", ".join(f"{name} {value}" for name, value in figures.items())
-    print(f"\n{benchmark.name}: {text}")
+    FIGURES.append((benchmark.name, figures))

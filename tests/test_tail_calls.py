@@ -21,7 +21,7 @@ GENERIC = {
     "run_mem_any",
     "run_simd_checked",
     "run_ending",
-    "run_generic",
+    "execute_generic",
 }
 FOLDER = Path("native/soft/CMakeFiles/pv_soft.dir")
 SOURCES = Path(__file__).parents[1] / "native/soft"
@@ -54,6 +54,6 @@ def test_handlers_tail_call(source: str, native_build: Path) -> None:
         capture_output=True,
         text=True,
     )
-    calls = [name.split("(")[0].rsplit("::")[-1] for name in indirect_calls(done.stdout)]
-    assert len(calls) == len(set(calls)), f"{source}: more than one indirect call in {calls}"
-    assert set(calls) <= GENERIC, f"{source}: {calls}"
+    calls = indirect_calls(done.stdout.replace("(anonymous namespace)::", ""))
+    names = {name.split("(")[0].rsplit("::")[-1] for name in calls}
+    assert names <= GENERIC, f"{source}: {names - GENERIC} call through a pointer"

@@ -283,6 +283,8 @@ def guest_failure(info: ExitInfo | None, transcript: str) -> GuestError:
     panic = _PANIC.search(transcript)
     if panic is not None:
         text = panic.group(1).strip()
+        # From the panic on, however long the trace after it is.
+        tail = transcript[transcript.rfind("\n", 0, panic.start()) + 1 :][:6000]
         return GuestPanic(f"the guest's kernel panicked: {text}", text=text, tail=tail)
     how = {
         "power_off": "switched itself off",

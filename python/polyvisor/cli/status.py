@@ -26,7 +26,7 @@ INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 128 + signal.SIGPIPE
 
 #: Lines of the guest's console that are shown with an error.
-TAIL_LINES = 20
+TAIL_LINES = 100
 
 
 class Terminated(BaseException):

@@ -284,7 +284,7 @@ def guest_failure(info: ExitInfo | None, transcript: str) -> GuestError:
     if panic is not None:
         text = panic.group(1).strip()
         # From the panic on, however long the trace after it is.
-        tail = transcript[transcript.rfind("\n", 0, panic.start()) + 1 :][:6000]
+        tail = transcript[transcript.rfind("\n", 0, panic.start()) + 1 :][:4000]
         return GuestPanic(f"the guest's kernel panicked: {text}", text=text, tail=tail)
     how = {
         "power_off": "switched itself off",

@@ -57,7 +57,7 @@ def bench_port_access(benchmark: BenchmarkFixture, access: bytes) -> None:
         machines.append(make(access))
         return (machines[0],), {}
 
-    benchmark.pedantic(lambda machine: machine.run(timeout=60), setup=setup, rounds=5)
+    benchmark.pedantic(lambda machine: machine.run(timeout=60), setup=setup, rounds=10)
     machines.pop().close()
     if benchmark.stats is None:  # --benchmark-disable: run, not measured
         return

@@ -283,8 +283,9 @@ def guest_failure(info: ExitInfo | None, transcript: str) -> GuestError:
     panic = _PANIC.search(transcript)
     if panic is not None:
         text = panic.group(1).strip()
-        # From the panic on, however long the trace after it is.
-        tail = transcript[transcript.rfind("\n", 0, panic.start()) + 1 :][:4000]
+        # What led to it, and all it says, however long its trace is.
+        begin = transcript.rfind("\n", 0, max(0, panic.start() - 500)) + 1
+        tail = transcript[begin : begin + 4500]
         return GuestPanic(f"the guest's kernel panicked: {text}", text=text, tail=tail)
     how = {
         "power_off": "switched itself off",

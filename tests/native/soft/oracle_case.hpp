@@ -23,6 +23,16 @@ inline constexpr u64 kDataPages = 3;  ///< two that can be written, one that can
 inline constexpr u64 kDataSize = kDataPages * 4096;
 inline constexpr u64 kWritableSize = 2 * 4096;
 
+// 16-bit code runs in segments of 64 KiB that are not flat: one for data and stack, around the data
+// pages, and one for each such piece of the code. On the host they are in the child's LDT.
+inline constexpr u64 kSegmentSize = 0x10000;
+inline constexpr u64 kData16Base = kDataBase - 0x4000;
+inline constexpr unsigned kCode16Segments = kCodeSize / kSegmentSize;
+inline constexpr u16 kData16Selector = 7;
+inline constexpr u16 code16_selector(u64 code_address) {
+    return static_cast<u16>((1 + (code_address - kCodeBase) / kSegmentSize) * 8 | 7);
+}
+
 /// What user-mode code sees of the CPU.
 struct UserState {
     u64 gpr[16]{};
@@ -38,7 +48,9 @@ struct Case {
     polyvisor::soft::CodeSize size = polyvisor::soft::CodeSize::k64;
     polyvisor::soft::Insn insn;
     u8 code[15]{};
-    u64 code_address = 0;
+    u64 code_address = 0;    ///< linear
+    u64 code_base = 0;       ///< of CS
+    u64 data_base = 0;       ///< of DS, ES and SS
     u64 memory_address = 0;  ///< linear, of the ModRM operand
     UserState before;
     std::array<u8, kDataSize> data{};

@@ -259,6 +259,8 @@ u64 address_mask(const Insn& i) {
 }
 
 u64 segment_base(const Case& c) {
+    if (c.insn.segment == kCs) return c.code_base;
+    if (c.insn.segment < kFs) return c.data_base;
     if (c.size != CodeSize::k64) return 0;
     return c.insn.segment == kFs ? c.before.fs_base : c.insn.segment == kGs ? c.before.gs_base : 0;
 }
@@ -283,6 +285,17 @@ void aim(Random& random, Case& c, const Encoded& encoded, u64 target) {
     bool vsib = has(op_info(c.op), Operand::VMx);
     u64 offset = target - segment_base(c);
     bool indexed = i.index != kNoReg && !vsib;
+    if (i.addrsize == 2 && c.size == CodeSize::k16) {
+        if (encoded.disp16_at != 0) {
+            auto low = static_cast<s16>(offset);
+            std::memcpy(c.code + encoded.disp16_at, &low, 2);
+            i.disp = low;
+            return;
+        }
+        u64 value = offset - static_cast<u64>(i.disp) - (i.index == kNoReg ? 0 : s.gpr[i.index]);
+        s.gpr[i.base] = (s.gpr[i.base] & ~u64{0xffff}) | (value & 0xffff);
+        return;
+    }
     if (i.base < 16) {
         if (indexed && i.index == i.base) {  // base * (1 + scale)
             s.gpr[i.base] = (offset - static_cast<u64>(i.disp)) / (1 + (u64{1} << i.scale));
@@ -326,14 +339,27 @@ void aim_implicit(Random& random, Case& c) {
     UserState& s = c.before;
     std::string_view m = row.mnemonic;
     // The stack is somewhere in the writable pages, with room on both sides, or now and then not.
-    s.gpr[kRsp] =
-        random.one_in(8) ? choose_address(random, 8, 8) : kDataBase + 512 + random.below(7000);
-    if (m == "enter" || m == "leave") s.gpr[kRbp] = choose_address(random, 8, 8);
-    if (m == "xlat") {
-        s.gpr[kRbx] = choose_address(random, 1, 1) - (s.gpr[kRax] & 0xff) - segment_base(c);
+    // An offset in a 16-bit segment has 16 bits; what stands above them does not count.
+    bool small = c.size == CodeSize::k16;
+    auto offset16 = [&](u64 offset) {
+        return small ? (offset & 0xffff) | static_cast<u32>(random.next() << 16) : offset;
+    };
+    auto offset_in = [&](u64 address, u64 base) {
+        return c.insn.addrsize == 2 ? offset16(address - base) : address - base;
+    };
+    s.gpr[kRsp] = offset16(
+        (random.one_in(8) ? choose_address(random, 8, 8) : kDataBase + 512 + random.below(7000)) -
+        c.data_base);
+    if (m == "enter" || m == "leave") {
+        s.gpr[kRbp] = offset16(choose_address(random, 8, 8) - c.data_base);
     }
-    if (m.find("maskmov") != std::string_view::npos)
-        s.gpr[kRdi] = choose_address(random, 16, 1) - segment_base(c);
+    if (m == "xlat") {
+        s.gpr[kRbx] =
+            offset_in(choose_address(random, 1, 1) - (s.gpr[kRax] & 0xff), segment_base(c));
+    }
+    if (m.find("maskmov") != std::string_view::npos) {
+        s.gpr[kRdi] = offset_in(choose_address(random, 16, 1), segment_base(c));
+    }
     if (row.attrs & kString) {
         unsigned size = memory_size(c.insn) ? memory_size(c.insn) : c.insn.opsize;
         bool repeat = c.insn.prefixes & (kPrefixRep | kPrefixRepne);
@@ -341,8 +367,8 @@ void aim_implicit(Random& random, Case& c) {
         if (repeat) s.gpr[kRcx] = count;
         if (random.one_in(3)) s.rflags |= kFlagD;
         for (auto n : {kRsi, kRdi}) {
-            s.gpr[n] = choose_address(random, size, size);
-            if (n == kRsi) s.gpr[n] -= segment_base(c);
+            s.gpr[n] = offset_in(choose_address(random, size, size),
+                                 n == kRsi ? segment_base(c) : c.data_base);
         }
         if (c.insn.addrsize == 4 && c.size == CodeSize::k64 && random.one_in(2)) {
             for (auto n : {kRcx, kRsi, kRdi}) s.gpr[n] ^= random.next() << 32;
@@ -352,6 +378,11 @@ void aim_implicit(Random& random, Case& c) {
         if (random.one_in(2)) s.gpr[kRcx] = random.below(3);
         if (random.one_in(8)) s.gpr[kRcx] |= random.next() << 32;
     }
+}
+
+u64 stack_address(const Case& c) {
+    u64 rsp = c.before.gpr[kRsp];
+    return c.size == CodeSize::k16 ? c.data_base + (rsp & 0xffff) : rsp;
 }
 
 // Makes outcomes likely that random values nearly never give.
@@ -407,14 +438,15 @@ void care(Random& random, Case& c) {
     } else if (row.mnemonic == "ret" || row.mnemonic == "jmp" || row.mnemonic == "call") {
         // Addresses that can be jumped to; the instruction there is not executed.
         u64 target = random.next() >> (random.one_in(8) ? 0 : 17);
-        u8* top = data_at(c, s.gpr[kRsp], 8);
+        if (c.size == CodeSize::k16 && random.one_in(2)) target &= 0xffff;
+        u8* top = data_at(c, stack_address(c), 8);
         if (row.mnemonic == "ret" && top) std::memcpy(top, &target, 8);
         if (memory && row.mnemonic != "ret") std::memcpy(memory, &target, 8);
         if (row.operands[0] == Operand::Ev && !i.has_mem) s.gpr[i.rm] = target;
     } else if (row.mnemonic == "popf") {
         // The trap flag would stop the host, not the instruction under test; NT and ID would stay
         // set in the child, where the tracer cannot clear them.
-        if (u8* top = data_at(c, s.gpr[kRsp], 8)) {
+        if (u8* top = data_at(c, stack_address(c), 8)) {
             top[1] &= ~0x41;
             top[2] &= ~0x20;
         }
@@ -443,13 +475,18 @@ bool make_case(Op op, CodeSize size, const FeatureSet& features, u64 code_addres
                            starts_with(row.mnemonic, "loop") || row.mnemonic == "jrcxz";
     for (unsigned attempt = 0; attempt < 60; ++attempt) {
         Form form = random_form(row, size, random);
-        if (address_matters) form.addrsize = random.one_in(size == CodeSize::k64 ? 12 : 40);
+        if (address_matters && size != CodeSize::k16) {
+            form.addrsize = random.one_in(size == CodeSize::k64 ? 12 : 40);
+        }
+        c.size = size;
+        c.code_base = size == CodeSize::k16 ? align_down(code_address, kSegmentSize) : 0;
+        c.data_base = size == CodeSize::k16 ? kData16Base : 0;
         if (address_matters && random.one_in(10)) {
             form.segment = random.pick<u8>({0x64, 0x65, 0x64, 0x65, 0x2e, 0x36, 0x3e, 0x26});
             if (size != CodeSize::k64 && form.segment >= 0x64) form.segment = 0x3e;
         }
         form.disp = has(row, Operand::Ob) || has(row, Operand::Ov)
-                        ? static_cast<s64>(choose_address(random, 8, 8))
+                        ? static_cast<s64>(choose_address(random, 8, 8) - c.data_base)
                         : random.between(-128, 127);
         // CPUs of AMD and Intel differ: the interpreter ignores 66 there, as Intel's do.
         if (size == CodeSize::k64 && (row.attrs & kForce64) && (row.attrs & kEndsBlock))
@@ -459,7 +496,6 @@ bool make_case(Op op, CodeSize size, const FeatureSet& features, u64 code_addres
         if (form.disp_size == 4) form.disp = static_cast<s32>(random.next());
         Encoded encoded = encode(row, form, random);
         c.op = op;
-        c.size = size;
         c.code_address = code_address;
         std::memcpy(c.code, encoded.bytes, sizeof c.code);
         if (row.mnemonic == "enter" && c.code[encoded.opcode_end + 1] > 8)
@@ -470,11 +506,11 @@ bool make_case(Op op, CodeSize size, const FeatureSet& features, u64 code_addres
         UserState& s = c.before;
         s = {};
         for (u64& value : s.gpr) value = random_integer(random);
-        if (size == CodeSize::k32) {
+        if (size != CodeSize::k64) {
             for (u64& value : s.gpr) value = static_cast<u32>(value);
             for (unsigned n = 8; n < 16; ++n) s.gpr[n] = 0;
         }
-        s.rip = code_address;
+        s.rip = code_address - c.code_base;
         s.rflags = 2 | (random.next() & (kFlagStatus));
         if (random.one_in(16)) s.rflags |= kFlagD;
         if (random.one_in(40) && alignment_is_checked(row)) s.rflags |= kFlagAc;
@@ -489,18 +525,21 @@ bool make_case(Op op, CodeSize size, const FeatureSet& features, u64 code_addres
             unsigned bytes = memory_size(c.insn);
             u64 alignment = bytes == 0 ? 1 : std::bit_floor(u64{bytes > 64 ? 16 : bytes});
             u64 target = choose_address(random, bytes, alignment);
+            if (size == CodeSize::k16 && random.one_in(16)) {  // over the end of the segment
+                target = kData16Base + kSegmentSize - random.below(bytes + 1);
+            }
             // Locked accesses that are not aligned may be slow, or trapped, on the host.
             if (c.insn.prefixes & kPrefixLock || starts_with(row.mnemonic, "xchg"))
                 target = align_down(target, alignment);
             aim(random, c, encoded, target);
             if (has(row, Operand::VMx)) aim_gather(random, c);
         }
-        if (size == CodeSize::k32) {
+        if (size != CodeSize::k64) {
             for (u64& value : s.gpr) value = static_cast<u32>(value);
         }
         c.memory_address = c.insn.has_mem ? effective(c) : 0;
         care(random, c);
-        if (size == CodeSize::k32) {
+        if (size != CodeSize::k64) {
             for (u64& value : s.gpr) value = static_cast<u32>(value);
         }
         c.memory_address = c.insn.has_mem ? effective(c) : 0;
@@ -510,11 +549,6 @@ bool make_case(Op op, CodeSize size, const FeatureSet& features, u64 code_addres
             u64 offset = c.memory_address - segment_base(c);
             if (static_cast<u64>(sign_extend(offset, 48)) != offset && segment_base(c) != 0)
                 continue;
-        }
-        // DPPS and DPPD end early when an unmasked exception comes up in their first stage.
-        if (row.mnemonic.find("dpp") != std::string_view::npos) {
-            s.legacy[kMxcsrAt] |= 0x80;
-            s.legacy[kMxcsrAt + 1] |= 0x1f;
         }
         // SHA with memory that is not aligned is #GP on Intel's CPUs and done on AMD's.
         if (row.feature == Feature::kSha && c.memory_address % 16 != 0) continue;

@@ -6,6 +6,7 @@
 // delivered.
 #include "oracle_native.hpp"
 
+#include <asm/ldt.h>
 #include <cpuid.h>
 #include <elf.h>
 #include <signal.h>
@@ -33,6 +34,17 @@ namespace {
 constexpr u16 kUserCs64 = 0x33, kUserCs32 = 0x23, kUserData = 0x2b;  // Linux's selectors
 constexpr unsigned kXstateBv = 512;
 
+bool make_segment(u64 base, bool code, u16 selector) {
+    user_desc segment{};
+    segment.entry_number = selector >> 3;
+    segment.base_addr = static_cast<unsigned>(base);
+    segment.limit = kSegmentSize - 1;
+    segment.contents = code ? MODIFY_LDT_CONTENTS_CODE : MODIFY_LDT_CONTENTS_DATA;
+    segment.useable = 1;
+    constexpr int kWrite = 0x11;
+    return syscall(SYS_modify_ldt, kWrite, &segment, sizeof segment) == 0;
+}
+
 // Async-signal-safe: only system calls.
 [[noreturn]] void child_main(int code_fd, int data_fd) {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -44,6 +56,11 @@ constexpr unsigned kXstateBv = 512;
     map(kCodeBase, kCodeSize, PROT_READ | PROT_EXEC, code_fd, 0);
     map(kDataBase, kWritableSize, PROT_READ | PROT_WRITE, data_fd, 0);
     map(kDataBase + kWritableSize, kDataSize - kWritableSize, PROT_READ, data_fd, kWritableSize);
+    bool ldt = make_segment(kData16Base, false, kData16Selector);
+    for (u64 at = kCodeBase; ldt && at < kCodeBase + kCodeSize; at += kSegmentSize) {
+        ldt = make_segment(at, true, code16_selector(at));
+    }
+    *reinterpret_cast<volatile u8*>(kDataBase) = ldt;
     if (ptrace(PTRACE_TRACEME, 0, nullptr, nullptr) != 0) _exit(3);
     raise(SIGSTOP);
     _exit(0);
@@ -84,6 +101,7 @@ void NativeCpu::start() {
         child_ = -1;
         return;
     }
+    has_16bit_ = data_[0];
     ptrace(PTRACE_SETOPTIONS, child_, nullptr, PTRACE_O_EXITKILL);
 }
 
@@ -110,6 +128,10 @@ bool NativeCpu::set_state(const Case& c) {
     bool compat = c.size == CodeSize::k32;
     regs.cs = compat ? kUserCs32 : kUserCs64;
     regs.ds = regs.es = compat ? kUserData : 0;
+    if (c.size == CodeSize::k16) {
+        regs.cs = code16_selector(c.code_address);
+        regs.ds = regs.es = regs.ss = kData16Selector;
+    }
     regs.fs_base = s.fs_base;
     regs.gs_base = s.gs_base;
     if (ptrace(PTRACE_SETREGS, child_, nullptr, &regs) != 0) return false;

@@ -18,6 +18,8 @@ class NativeCpu {
 
     /// Empty, or why this host cannot be used (no ptrace, no AVX state, ...).
     const char* unusable() const { return unusable_; }
+    /// Whether 16-bit code can be run: the host kernel may have no modify_ldt().
+    bool has_16bit() const { return has_16bit_; }
     Outcome run(const Case& c);
 
   private:
@@ -32,6 +34,7 @@ class NativeCpu {
     std::vector<u8> xstate_;
     u64 ymm_offset_ = 0;  ///< of the upper halves of YMM in the XSAVE area; 0: no AVX
     const char* unusable_ = "";
+    bool has_16bit_ = false;
 };
 
 }  // namespace pvtest

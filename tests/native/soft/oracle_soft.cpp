@@ -33,6 +33,15 @@ Segment flat(u16 selector, u32 attributes) {
     return segment;
 }
 
+Segment small(u16 selector, u32 attributes, u64 base) {
+    Segment segment;
+    segment.selector = selector;
+    segment.base = base;
+    segment.limit = kSegmentSize - 1;
+    segment.attributes = attributes;
+    return segment;
+}
+
 Segment null_segment() {
     Segment segment;
     segment.limit = 0;
@@ -120,8 +129,16 @@ Outcome SoftCpu::run(const Case& c) {
     constexpr u32 kUserData = 0xc0f3, kUserCode32 = 0xc0fb, kUserCode64 = 0xa0fb;
     state.segments[kCs] = compat ? flat(0x23, kUserCode32) : flat(0x33, kUserCode64);
     state.segments[kSs] = flat(0x2b, kUserData);
-    for (auto n : {kDs, kEs}) state.segments[n] = compat ? flat(0x2b, kUserData) : null_segment();
+    for (auto n : {kDs, kEs}) {
+        state.segments[n] = compat ? flat(0x2b, kUserData) : null_segment();
+    }
     for (auto n : {kFs, kGs}) state.segments[n] = null_segment();
+    if (c.size == CodeSize::k16) {
+        state.segments[kCs] = small(code16_selector(c.code_address), 0xfb, c.code_base);
+        for (auto n : {kDs, kEs, kSs}) {
+            state.segments[n] = small(kData16Selector, 0xf3, c.data_base);
+        }
+    }
     state.segments[kFs].base = s.fs_base;
     state.segments[kGs].base = s.gs_base;
     state.ldtr = null_segment();

@@ -182,7 +182,11 @@ Encoded encode(const OpInfo& row, const Form& form, Random& random) {
     } else if (has_modrm && !form.memory) {
         out.add(static_cast<u8>(0xc0 | (reg & 7) << 3 | (form.rm & 7)));
     } else if (has_modrm && address16) {
-        out.add(static_cast<u8>((reg & 7) << 3 | (form.rm & 7)));
+        u8 mod = form.disp_size == 0 ? 0 : form.disp_size == 1 ? 0x40 : 0x80;
+        bool absolute = mod == 0 && (form.rm & 7) == 6;
+        out.add(static_cast<u8>(mod | (reg & 7) << 3 | (form.rm & 7)));
+        if (absolute) encoded.disp16_at = out.at();
+        out.number(static_cast<u64>(form.disp), absolute || mod == 0x80 ? 2 : mod ? 1 : 0);
     } else if (has_modrm) {
         memory_operand(out, encoded, form, reg, has(row, Operand::VMx));
     }

@@ -35,6 +35,7 @@ struct Encoded {
     polyvisor::u8 bytes[40];
     unsigned opcode_end = 0;  ///< where immediates begin: the rest is random
     unsigned disp_at = 0;     ///< of a 4-byte displacement, or 0
+    unsigned disp16_at = 0;   ///< of an absolute 16-bit address, or 0
 };
 
 /// Whether the row has a ModRM operand that can be memory, or a register.
@@ -42,7 +43,7 @@ bool can_be_memory(const polyvisor::soft::OpInfo& row);
 bool can_be_register(const polyvisor::soft::OpInfo& row);
 
 /// Fields of `form` that the row prescribes (W, L, vvvv unused) win over the form. In 16-bit code,
-/// or with 16-bit addresses, the memory operand's registers are those of ModRM `rm` and mod 0.
+/// or with 16-bit addresses, the memory operand's registers are those of ModRM `rm`.
 Encoded encode(const polyvisor::soft::OpInfo& row, const Form& form, Random& random);
 
 /// Random choices, with registers 0..7 outside 64-bit mode.

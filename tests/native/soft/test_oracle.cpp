@@ -1,6 +1,7 @@
 // Every user-mode instruction form, one step on the host's CPU against one step of the interpreter:
-// random registers, flags, memory, page edges; in 64-bit code, and in 32-bit code as well. Driven
-// by the instruction table (rows with kNative), so that no form can be forgotten.
+// random registers, flags, memory, page edges; in 64-bit code, in 32-bit code, and in 16-bit code
+// with segments that are not flat. Driven by the instruction table (rows with kNative), so that no
+// form can be forgotten.
 //
 //   POLYVISOR_TEST_SEED=n      another random sequence (the seed is printed)
 //   POLYVISOR_TEST_COUNT=n     cases for each row (default 60)
@@ -24,6 +25,8 @@ using namespace polyvisor;
 using namespace polyvisor::soft;
 using pvtest::Case;
 using pvtest::Outcome;
+
+const char* const kSizeNames[] = {"16-bit", "32-bit", "64-bit"};
 
 struct Tally {
     unsigned rows = 0, absent = 0, cases = 0, faults = 0, differences = 0;
@@ -58,7 +61,9 @@ class Oracle {
         unsigned completed = 0, made = 0;
         if (!(info.attrs & kNo64)) completed += cases(op, CodeSize::k64, count_, made);
         if (!(info.attrs & kOnly64)) {
-            completed += cases(op, CodeSize::k32, info.attrs & kNo64 ? count_ : count_ / 4, made);
+            u64 count = info.attrs & kNo64 ? count_ : count_ / 4;
+            completed += cases(op, CodeSize::k32, count, made);
+            if (native_->has_16bit()) completed += cases(op, CodeSize::k16, count, made);
         }
         ++pvtest::checks;
         if (made == 0 || (completed < made / 4 && !always_faults(op))) {
@@ -101,7 +106,7 @@ class Oracle {
         }
         pvtest::ZydisPeer peer(c.size);
         std::fprintf(stderr, "\n%s (%s, %s code): %s\n%s\n", std::string(op_info(c.op).id).c_str(),
-                     which, c.size == CodeSize::k64 ? "64-bit" : "32-bit",
+                     which, kSizeNames[static_cast<unsigned>(c.size)],
                      peer.disassemble(std::span<const u8>(c.code, c.insn.length)).c_str(),
                      pvtest::describe(c).c_str());
         for (const std::string& line : differences) std::fprintf(stderr, "    %s\n", line.c_str());

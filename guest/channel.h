@@ -18,8 +18,8 @@
 
 enum {
     kHeader = 3,
-    kWindow = 16384,      ///< stdin bytes that init can hold for a command that is not reading
-    kMaxPayload = 4096,   ///< of the frames that init sends
+    kWindow = 16384,     ///< stdin bytes that init can hold for a command that is not reading
+    kMaxPayload = 4096,  ///< of the frames that init sends
 };
 
 enum Stage { kStageStart = 0, kStageDirectory = 1, kStageExec = 2 };

@@ -1,6 +1,7 @@
-// PID 1 of the guests that `polyvisor exec` boots: sets up what a program expects of a Linux system,
-// runs one command with its stdin, stdout and stderr on the second serial port (channel.h), tells the
-// host how it ended and powers off. With no command to run it starts a shell on the console.
+// PID 1 of the guests that `polyvisor exec` boots: sets up what a program expects of a Linux
+// system, runs one command with its stdin, stdout and stderr on the second serial port (channel.h),
+// tells the host how it ended and powers off. With no command to run it starts a shell on the
+// console.
 //
 // One loop, one thread. Output to the host waits for the port, which is what slows down a command
 // that prints faster than the host reads; stdin never waits, so a command that does not read cannot
@@ -79,7 +80,9 @@ struct Report {
     long stage, error;
 };
 
-static void set_mask(u64 mask) { SYS(rt_sigprocmask, kSigSetMask, &mask, 0, sizeof mask); }
+static void set_mask(u64 mask) {
+    SYS(rt_sigprocmask, kSigSetMask, &mask, 0, sizeof mask);
+}
 
 static void __attribute__((noreturn)) become_command(int in, int out, int error_out, int report) {
     struct Report failure = {kStageStart, 0};
@@ -167,8 +170,10 @@ static void push_input(void) {
     while (taken < state.pending_used && state.in >= 0) {
         long done = SYS(write, state.in, pending + taken, state.pending_used - taken);
         if (done == -EAGAIN || done == -EINTR) break;
-        if (done < 0) close_input();  // the command reads no more
-        else taken += (u32)done;
+        if (done < 0)
+            close_input();  // the command reads no more
+        else
+            taken += (u32)done;
     }
     if (state.in < 0) taken = state.pending_used;
     memmove(pending, pending + taken, state.pending_used - taken);
@@ -177,8 +182,8 @@ static void push_input(void) {
     if (state.in_ended && !state.pending_used) close_input();
 }
 
-/// Sends some of what the command has printed; 0 at the end of the stream, a negative errno when there
-/// is nothing (yet).
+/// Sends some of what the command has printed; 0 at the end of the stream, a negative errno when
+/// there is nothing (yet).
 static long pull_output(int fd, u8 type) {
     u8 data[kMaxPayload];
     long got = SYS(read, fd, data, sizeof data);
@@ -187,7 +192,9 @@ static long pull_output(int fd, u8 type) {
 }
 
 /// Whether the stream has ended, after pulling from it; a terminal ends with EIO.
-static int at_end(long pulled) { return pulled <= 0 && pulled != -EAGAIN && pulled != -EINTR; }
+static int at_end(long pulled) {
+    return pulled <= 0 && pulled != -EAGAIN && pulled != -EINTR;
+}
 
 /// Sends what the command left in the pipe, but no more than a pipe can have held: background
 /// processes may keep it open and go on printing.
@@ -293,8 +300,9 @@ static void run_command(int children) {
 
 static void run_shell(void) {
     static char* arguments[] = {"-sh", 0};
-    static char* environment[] = {"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-                                  "HOME=/root", "TERM=vt102", 0};
+    static char* environment[] = {
+        "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root",
+        "TERM=vt102", 0};
     long pid = SYS(fork, 0);
     if (pid == 0) {
         SYS(setsid, 0);
@@ -307,7 +315,8 @@ static void run_shell(void) {
         SYS(exit_group, 127);
     }
     int status;
-    while (pid > 0 && SYS(wait4, -1, &status, 0, 0) != pid) {}
+    while (pid > 0 && SYS(wait4, -1, &status, 0, 0) != pid) {
+    }
 }
 
 void __attribute__((noreturn, used)) init_main(void) {

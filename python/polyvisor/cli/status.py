@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
@@ -45,6 +46,17 @@ def signals_raise() -> Iterator[None]:
     def raise_it(number: int, frame: FrameType | None) -> None:
         raise Terminated(number)
 
+    def ignored(unraisable: sys.UnraisableHookArgs) -> None:
+        # The signal came where Python drops exceptions (a finalizer, or a weak reference's callback,
+        # of which an import has many): it comes again, when that is over.
+        if isinstance(unraisable.exc_value, Terminated):
+            later = threading.Timer(0.05, os.kill, (os.getpid(), unraisable.exc_value.number))
+            later.daemon = True
+            later.start()
+        else:
+            hook(unraisable)
+
+    hook, sys.unraisablehook = sys.unraisablehook, ignored
     before = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # What our parent chose to ignore (nohup, a shell's background job) stays ignored.
@@ -53,6 +65,7 @@ def signals_raise() -> Iterator[None]:
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 

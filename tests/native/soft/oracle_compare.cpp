@@ -68,7 +68,8 @@ bool random_result(Op op) {
 /// certain.
 bool accessed_in_parts(const OpInfo& row) {
     Operand first = row.operands[0];
-    return first == Operand::M28 || first == Operand::M94 || first == Operand::M512;
+    return first == Operand::M80 || first == Operand::M28 || first == Operand::M94 ||
+           first == Operand::M512;
 }
 
 /// Outcomes that may differ, not only in detail.

@@ -3,6 +3,9 @@
 // with segments that are not flat. Driven by the instruction table (rows with kNative), so that no
 // form can be forgotten.
 //
+// Agrees on AMD Zen 4. What manuals leave to the CPU is listed in oracle_compare.cpp and
+// oracle_generate.cpp; another vendor's CPU may show that something is missing there.
+//
 //   POLYVISOR_TEST_SEED=n      another random sequence (the seed is printed)
 //   POLYVISOR_TEST_COUNT=n     cases for each row (default 60)
 //   POLYVISOR_TEST_ROW=text    only rows whose id starts with this text

@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from measure import report
 from pytest_benchmark.fixture import BenchmarkFixture
+
+from measure import report
 
 LIMIT = 0.100
 TIMED = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"

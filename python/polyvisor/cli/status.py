@@ -47,8 +47,8 @@ def signals_raise() -> Iterator[None]:
         raise Terminated(number)
 
     def ignored(unraisable: sys.UnraisableHookArgs) -> None:
-        # The signal came where Python drops exceptions (a finalizer, or a weak reference's callback,
-        # of which an import has many): it comes again, when that is over.
+        # The signal came where Python drops exceptions (a finalizer, or the callback of a weak
+        # reference, of which an import has many): it comes again, when that is over.
         if isinstance(unraisable.exc_value, Terminated):
             later = threading.Timer(0.05, os.kill, (os.getpid(), unraisable.exc_value.number))
             later.daemon = True

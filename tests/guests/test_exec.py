@@ -87,7 +87,9 @@ def test_two_cpus_at_work() -> None:
 
 
 def test_memory_is_what_was_asked_for() -> None:
-    done = polyvisor.exec(["awk", "/MemTotal/ {print $2}", "/proc/meminfo"], memory="256M")
+    done = polyvisor.exec(
+        ["awk", "/MemTotal/ {print $2}", "/proc/meminfo"], memory="256M", timeout=PATIENCE
+    )
     assert 200 << 10 < int(done.stdout) < 256 << 10
 
 
@@ -185,11 +187,16 @@ def test_check() -> None:
 
 
 def test_sleep_takes_its_time() -> None:
+    """Never less than a second, and not much more; the best of a few, as this host may be busy."""
     stopwatch = Stopwatch()
-    polyvisor.exec(
-        ["sh", "-c", "echo start; sleep 1; echo end"], on_stdout=stopwatch, timeout=PATIENCE
-    )
-    assert stopwatch.between("start", "end") == pytest.approx(1, abs=0.15)
+    script = "for i in 1 2 3 4 5; do echo start$i; sleep 1; echo end$i; done"
+    polyvisor.exec(["sh", "-c", script], on_stdout=stopwatch, timeout=PATIENCE)
+    times = [stopwatch.between(f"start{i}", f"end{i}") for i in range(1, 6)]
+    # (When a line reaches us late, the next interval looks shorter by as much.)
+    assert sum(times) > 4.9
+    # Waking up takes a turn on a host CPU, which on a crowded host is long in coming.
+    crowd = os.getloadavg()[0] / len(os.sched_getaffinity(0))
+    assert min(times) == pytest.approx(1, abs=0.1 * max(1, crowd * 3))
 
 
 @pytest.mark.slow

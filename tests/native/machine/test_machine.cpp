@@ -215,13 +215,14 @@ void stopping_is_quick_and_from_anywhere() {
 }
 
 void a_device_that_does_not_return_is_reported() {
-    std::atomic<bool> release{false};
+    std::atomic<bool> entered{false}, release{false};
     Machine machine(with_guest([&](FakeVcpu&) {
+        entered = true;
         while (!release) std::this_thread::sleep_for(1ms);
         return Exit{};
     }));
     machine.start();
-    std::this_thread::sleep_for(5ms);
+    while (!entered) std::this_thread::sleep_for(1ms);  // on a loaded host threads start late
     auto begin = Clk::now();
     CHECK_THROWS(machine.stop(), StateMismatch);
     CHECK(Clk::now() - begin < 1s);

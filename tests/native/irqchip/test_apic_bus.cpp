@@ -165,8 +165,8 @@ void many_threads() {
             }
             int vector = f.lapic(id).acknowledge();
             if (vector == 0x50) {
+                level->set(false);  // first: counting lets the device raise it again
                 ++levels;
-                level->set(false);
             }
             if (vector == 0x61) ++edges;
             if (vector == 0x70) ++msis;

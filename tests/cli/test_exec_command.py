@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from person import Terminal
 
 EXEC = [sys.executable, "-m", "polyvisor.cli", "exec"]
 Done = subprocess.CompletedProcess[bytes]
@@ -106,6 +107,27 @@ def test_a_full_disk() -> None:
     assert process.returncode == 125
     assert b"No space left on device" in process.stderr
     assert process.stderr.count(b"\n") == 1
+
+
+@pytest.mark.boot
+@pytest.mark.timeout(400)
+def test_a_terminal_of_its_own() -> None:
+    script = "trap 'echo caught; tty; exit 6' INT; echo ready; while :; do sleep 0.1; done"
+    terminal = Terminal([*EXEC, "--tty", "--", "sh", "-c", script])
+    terminal.expect(b"ready")
+    terminal.type(b"\x03")  # the guest's, not polyvisor's
+    terminal.expect(b"caught\r\n/dev/pts/0\r\n")
+    assert terminal.finish() == 6
+
+
+@pytest.mark.boot
+@pytest.mark.timeout(400)
+def test_out_of_a_terminal() -> None:
+    terminal = Terminal([*EXEC, "-t", "--", "sleep", "1000"])
+    time.sleep(1)
+    terminal.type(b"\x1dq")
+    terminal.expect(b"quit")
+    assert terminal.finish() == 130
 
 
 def wait_for_main(process: subprocess.Popen[bytes]) -> None:

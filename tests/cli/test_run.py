@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pty
 import select
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from person import Terminal
 
 RUN = [sys.executable, "-m", "polyvisor.cli", "run", "--memory", "64M"]
 Done = subprocess.CompletedProcess[bytes]
@@ -141,45 +141,8 @@ def test_serial_on_a_pty(tmp_path: Path) -> None:
     os.close(port)
 
 
-class Terminal:
-    """polyvisor on a pseudo-terminal, with us as the person in front of it."""
-
-    def __init__(self, *arguments: str | Path) -> None:
-        self.master, self.slave = pty.openpty()
-        self.before = termios.tcgetattr(self.slave)
-        self.process = subprocess.Popen(
-            [*RUN, *map(str, arguments)],
-            stdin=self.slave,
-            stdout=self.slave,
-            stderr=self.slave,
-            start_new_session=True,
-        )
-        self.output = b""
-
-    def expect(self, text: bytes) -> None:
-        deadline = time.monotonic() + 30
-        while text not in self.output:
-            left = deadline - time.monotonic()
-            assert left > 0, self.output
-            if select.select([self.master], [], [], left)[0]:
-                self.output += os.read(self.master, 1000)
-
-    def type(self, keys: bytes) -> None:
-        os.write(self.master, keys)
-
-    def finish(self) -> int:
-        try:
-            return self.process.wait(15)
-        finally:
-            self.process.kill()
-            restored = termios.tcgetattr(self.slave)
-            os.close(self.slave)
-            os.close(self.master)
-            assert restored == self.before
-
-
 def test_raw_terminal_and_escape(tmp_path: Path) -> None:
-    terminal = Terminal("--kernel", tiny.kernel(tiny.say(b"up") + tiny.ECHO, tmp_path))
+    terminal = Terminal([*RUN, "--kernel", tiny.kernel(tiny.say(b"up") + tiny.ECHO, tmp_path)])
     terminal.expect(b"up")
     assert not termios.tcgetattr(terminal.slave)[3] & termios.ICANON
     terminal.type(b"\x03key")  # Ctrl-C is the guest's
@@ -193,7 +156,7 @@ def test_raw_terminal_and_escape(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_the_terminal_is_restored_after_a_signal(number: signal.Signals, tmp_path: Path) -> None:
-    terminal = Terminal("--kernel", tiny.kernel(tiny.say(b"up") + tiny.FOREVER, tmp_path))
+    terminal = Terminal([*RUN, "--kernel", tiny.kernel(tiny.say(b"up") + tiny.FOREVER, tmp_path)])
     terminal.expect(b"up")
     terminal.process.send_signal(number)
     assert terminal.finish() == 128 + number

@@ -33,8 +33,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SUITE = os.environ.get("FRESH_SUITE", "bookworm")
-MIRROR = "http://deb.debian.org/debian"
-SECURITY_MIRROR = "http://deb.debian.org/debian-security"
 TARBALL_DAYS = 14
 TEST = "make test PYTEST_ARGS='-m \"not slow\"'"
 TREE = "/root/polyvisor"
@@ -101,7 +99,7 @@ def apt_settings() -> str:
 
 
 def apt_sources() -> str:
-    """The host's mirrors of this Debian release, or else Debian's own."""
+    """The host's mirrors of this release; empty when it has none: mmdebstrap knows Debian's."""
     form = "$(REPO_URI) $(RELEASE) $(COMPONENT) origin=$(ORIGIN)"
     listing = subprocess.run(
         ["apt-get", "indextargets", "--format", form, "Created-By: Packages"],
@@ -121,11 +119,7 @@ def apt_sources() -> str:
         and origin in {"origin=Debian", "origin=", "origin=$(ORIGIN)"}
     ]
     if not any(f" {SUITE} " in line for line in sources):
-        sources = [
-            f"deb {MIRROR} {SUITE} main",
-            f"deb {MIRROR} {SUITE}-updates main",
-            f"deb {SECURITY_MIRROR} {SUITE}-security main",
-        ]
+        sources = []
     return "".join(f"{line}\n" for line in dict.fromkeys(sources))
 
 
@@ -143,7 +137,7 @@ def base_tarball() -> Path:
         subprocess.run(
             [
                 *("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", "--include=make"),
-                *(f"--aptopt={options}", SUITE, str(new), "-"),
+                *(f"--aptopt={options}", SUITE, str(new), *(["-"] if sources else [])),
             ],
             input=sources,
             text=True,

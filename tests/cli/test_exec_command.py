@@ -122,9 +122,12 @@ def test_a_terminal_of_its_own() -> None:
 
 @pytest.mark.boot
 @pytest.mark.timeout(400)
-def test_out_of_a_terminal() -> None:
+@pytest.mark.parametrize("delay", [0.3, 1.0, 5.0])
+def test_out_of_a_terminal(delay: float) -> None:
+    """Before there is a machine, while it boots, and when the command runs."""
     terminal = Terminal([*EXEC, "-t", "--", "sleep", "1000"])
-    time.sleep(1)
+    wait_for_main(terminal.process)
+    time.sleep(delay)
     terminal.type(b"\x1dq")
     terminal.expect(b"quit")
     assert terminal.finish() == 130

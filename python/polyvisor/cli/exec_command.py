@@ -87,6 +87,8 @@ def _on_terminal(command: list[str], options: dict[str, Any]) -> int:
 
     def started(machine: Machine, channel: Channel) -> None:
         state["machine"], state["channel"] = machine, channel
+        if keys.quit:  # typed before there was a machine
+            machine.end("stopped", detail="Ctrl-] q")
 
     def output_and_size(data: bytes) -> None:
         output.write_all(1, data)

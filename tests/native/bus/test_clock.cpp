@@ -173,12 +173,15 @@ void many_threads_arm() {
     });
     auto work = [&] {
         for (int i = 0; i < 300; ++i) {
-            Timer timer(clock, [&] { ++fired; });
+            std::atomic<bool> mine{false};
+            Timer timer(clock, [&] {
+                ++fired;
+                mine = true;
+            });
             timer.arm(clock.now() + 1000);
             timer.arm(clock.now());
             if (i % 3 == 0) {
-                u64 before = fired;
-                while (fired == before) std::this_thread::yield();
+                while (!mine) std::this_thread::yield();
             }
         }
     };

@@ -25,10 +25,7 @@ if TYPE_CHECKING:
 
 #: What exec adds to the kernel's command line, in front of the caller's own. docs/exec.md says why
 #: for each.
-DEFAULT_CMDLINE = (
-    "console=ttyS0 quiet panic=-1 nokaslr mitigations=off cryptomgr.notests apparmor=0 audit=0 "
-    "init_on_alloc=0 8250.nr_uarts=2 no_timer_check tsc=reliable rcupdate.rcu_expedited=1"
-)
+DEFAULT_CMDLINE = "console=ttyS0 quiet panic=-1 cryptomgr.notests tsc=reliable"
 Stdin = bytes | str | int | IO[bytes] | None
 Sink = Callable[[bytes], object]
 

@@ -42,10 +42,6 @@ bool SoftVcpu::fetch_address(u64 linear, u64& gpa) {
     return true;
 }
 
-void SoftVcpu::clear_fetch_tlb() {
-    for (FetchEntry& entry : fetch_tlb_) entry = {};
-}
-
 // Whether a block found by IP still is what its linear address maps to; stamps it if so.
 bool SoftVcpu::revalidate(Block& block) {
     ++stats.revalidations;

@@ -46,7 +46,6 @@ class SoftVcpu final : public Vcpu {
     Block* find_block(u32 mode);
     /// GPA of the code at `linear`; false: fault pending.
     bool fetch_address(u64 linear, u64& gpa);
-    void clear_fetch_tlb();
     /// Runs everything through the generic operations: the reference that tests compare with.
     void set_generic_only() { generic_only_ = true; }
 

@@ -61,7 +61,12 @@ void Clock::pause() {
     std::lock_guard lock(mutex_);
     if (paused_) return;
     u64 offset = host_offset_;
-    shift(offset, true, host_now() - offset);
+    // Readers are held off before the time is read, so that none has seen a later one.
+    version_.fetch_add(1, std::memory_order_seq_cst);
+    u64 held = host_now() - offset;
+    virtual_now_.store(held, std::memory_order_release);
+    paused_.store(true, std::memory_order_release);
+    version_.fetch_add(1, std::memory_order_release);
 }
 
 void Clock::resume() {

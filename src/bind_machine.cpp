@@ -234,7 +234,7 @@ void bind_machine(py::module_& module) {
         .def(py::init([](u64 memory, u32 cpus, const std::string& engine,
                          const std::string& cpu_model, bool deterministic, u64 tsc_khz,
                          u64 ns_per_1000_instructions, unsigned serial_ports,
-                         const std::string& name) {
+                         const std::string& irqchip, const std::string& name) {
                  MachineConfig config;
                  config.memory = memory;
                  config.cpus = cpus;
@@ -244,16 +244,19 @@ void bind_machine(py::module_& module) {
                  config.tsc_khz = tsc_khz;
                  config.ns_per_1000_instructions = ns_per_1000_instructions;
                  config.serial_ports = serial_ports;
+                 config.irqchip = irqchip;
                  config.name = name;
                  return std::make_unique<PyMachine>(std::move(config));
              }),
              py::kw_only(), py::arg("memory"), py::arg("cpus") = 1, py::arg("engine") = "auto",
              py::arg("cpu_model") = "host", py::arg("deterministic") = false,
-             py::arg("tsc_khz") = 1'000'000, py::arg("ns_per_1000_instructions") = 1000,
-             py::arg("serial_ports") = 2, py::arg("name") = "machine")
+             py::arg("tsc_khz") = 0, py::arg("ns_per_1000_instructions") = 1000,
+             py::arg("serial_ports") = 2, py::arg("irqchip") = "auto", py::arg("name") = "machine")
         .def_property_readonly("memory",
                                [](const PyMachine& m) { return m.core()->machine().memory(); })
         .def_property_readonly("engine", &PyMachine::engine)
+        .def_property_readonly(
+            "tsc_khz", [](const PyMachine& m) { return m.core()->machine().clock().tsc_khz(); })
         .def_property_readonly("state", &state)
         .def_property_readonly("now", &PyMachine::now)
         .def_property_readonly("exception", &PyMachine::exception)

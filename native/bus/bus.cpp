@@ -48,8 +48,9 @@ void Bus::attach(u64 start, u64 size, std::shared_ptr<Device> device, u64 base) 
                                    "' at " + hex(next->start) + "+" + hex(next->size));
     }
     if (std::find(kept_.begin(), kept_.end(), device) == kept_.end()) kept_.push_back(device);
-    ranges_.insert(next, Range{start, size, base, std::move(device)});
+    auto at = ranges_.insert(next, Range{start, size, base, std::move(device)});
     publish();
+    if (observer_) observer_(*at, true);
 }
 
 void Bus::detach(u64 start) {
@@ -61,8 +62,17 @@ void Bus::detach(u64 start) {
                                "no device starts at " + hex(start) + " of the " + name_ +
                                    " bus, so none can be detached there");
     }
+    Range gone = std::move(*at);
     ranges_.erase(at);
     publish();
+    if (observer_) observer_(gone, false);
+}
+
+void Bus::set_observer(Observer observer) {
+    std::lock_guard lock(mutex_);
+    observer_ = std::move(observer);
+    if (!observer_) return;
+    for (const Range& range : ranges_) observer_(range, true);
 }
 
 void Bus::release_detached() {
@@ -136,6 +146,7 @@ Bus::Target Bus::lookup(u64 address, u64 size) const {
 bool Bus::read(u64 address, std::span<u8> data) {
     Target target = lookup(address, data.size());
     if (PV_LIKELY(target.device != nullptr)) {
+        target.device->reads_.fetch_add(1, std::memory_order_relaxed);
         target.device->read(target.offset, data);
         return true;
     }
@@ -147,6 +158,7 @@ bool Bus::read(u64 address, std::span<u8> data) {
 bool Bus::write(u64 address, std::span<const u8> data) {
     Target target = lookup(address, data.size());
     if (PV_LIKELY(target.device != nullptr)) {
+        target.device->writes_.fetch_add(1, std::memory_order_relaxed);
         target.device->write(target.offset, data);
         return true;
     }

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <span>
@@ -50,6 +51,11 @@ class Bus {
         std::shared_ptr<Device> device;
     };
     std::vector<Range> ranges() const;
+    /// Told of every range that is attached (now, those already there) and detached, so that an
+    /// engine can serve doorbells and posted writes itself. One observer; it must not throw nor
+    /// call the bus. Empty: none.
+    using Observer = std::function<void(const Range& range, bool attached)>;
+    void set_observer(Observer observer);
     u64 unclaimed() const { return unclaimed_.load(std::memory_order_relaxed); }
     u64 limit() const { return limit_; }
     const std::string& name() const { return name_; }
@@ -80,6 +86,7 @@ class Bus {
     u64 limit_;
     mutable std::mutex mutex_;                    // serialises attach/detach; a leaf
     std::vector<Range> ranges_;                   // sorted by start
+    Observer observer_;                           // called with mutex_ held
     std::vector<std::shared_ptr<Device>> kept_;   // every device ever attached, once
     std::vector<std::unique_ptr<Slots>> arrays_;  // the last is in use, each twice the one before
     std::atomic<u64> sequence_{0};                // odd while the slots change

@@ -17,6 +17,7 @@
 // may throw for anything a guest can cause.
 #pragma once
 
+#include <atomic>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -25,8 +26,28 @@
 
 namespace polyvisor {
 
+/// Offsets of a device whose writes need no answer, only a wake-up: virtio's notify registers.
+struct Doorbell {
+    u64 offset = 0;
+    u8 size = 0;          ///< bytes of the write; 0: any
+    bool matches = false; ///< only writes of `value` ring it
+    u64 value = 0;
+    int event_fd = -1;  ///< counts the rings; the device's, and valid while it is attached
+};
+
+/// Offsets where a write changes nothing that anyone could see before the next access to the
+/// device: an engine may deliver such writes late and together.
+struct PostedRange {
+    u64 offset = 0;
+    u64 size = 0;
+};
+
 class Device {
   public:
+    Device() = default;
+    /// A copy is another device: it starts its own counts.
+    Device(const Device&) {}
+    Device& operator=(const Device&) { return *this; }
     virtual ~Device() = default;
     virtual std::string_view name() const = 0;
     virtual void read(u64 offset, std::span<u8> data) = 0;
@@ -37,6 +58,19 @@ class Device {
     /// not fit. Devices without state keep the defaults.
     virtual std::vector<u8> save() const { return {}; }
     virtual void restore(std::span<const u8> state);
+
+    /// What an engine may serve without calling write(); write() must work for these offsets too.
+    /// Asked when the device is attached.
+    virtual std::vector<Doorbell> doorbells() const { return {}; }
+    virtual std::vector<PostedRange> posted() const { return {}; }
+
+    /// Accesses that the buses passed on to it. Any thread.
+    u64 reads() const { return reads_.load(std::memory_order_relaxed); }
+    u64 writes() const { return writes_.load(std::memory_order_relaxed); }
+
+  private:
+    friend class Bus;
+    std::atomic<u64> reads_{0}, writes_{0};
 };
 
 /// One wire into an interrupt chip. Level: set(true) ... set(false). Edge: pulse().

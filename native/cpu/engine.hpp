@@ -18,13 +18,32 @@
 #include "base/log.hpp"
 #include "bus/bus.hpp"
 #include "bus/clock.hpp"
+#include "bus/interrupt_chips.hpp"
 #include "bus/interrupts.hpp"
 #include "cpu/cpuid.hpp"
 #include "cpu/exit.hpp"
 #include "cpu/state.hpp"
+#include "memory/dirty_log.hpp"
 #include "memory/guest_memory.hpp"
 
 namespace polyvisor {
+
+/// What the host wants to be told of, whatever the guest has set up for itself.
+struct GuestDebug {
+    struct Breakpoint {
+        enum class Kind : u8 { kExecute, kWrite, kReadWrite };
+        u64 address = 0;  ///< linear
+        Kind kind = Kind::kExecute;
+        u8 size = 1;  ///< 1, 2, 4 or 8 bytes, aligned; 1 for kExecute
+        bool operator==(const Breakpoint&) const = default;
+    };
+    bool single_step = false;
+    /// The debug registers' worth: at most 4.
+    std::vector<Breakpoint> hardware;
+    /// INT3 (0xcc) in the guest ends run() with kDebug, RIP at it, instead of raising #BP.
+    bool int3_exits = false;
+    bool operator==(const GuestDebug&) const = default;
+};
 
 /// One virtual CPU. run(), save() and restore() belong to one thread at a time; the CpuSignals
 /// calls and request_stop() are safe from any thread.
@@ -38,6 +57,10 @@ class Vcpu : public CpuSignals {
     /// run() returns kInterrupted after exactly this many more instructions; ~0 for no limit.
     /// Only where caps().instruction_budget; otherwise throws StateMismatch.
     virtual void set_instruction_budget(u64 instructions) = 0;
+
+    /// What ends run() with kDebug; replaces what was set before. Throws ConfigError for more
+    /// breakpoints than the CPU has or impossible ones. Not while run() is in progress.
+    virtual void set_debug(const GuestDebug& debug);
 
     virtual CpuState save() const = 0;
     /// Validates first: throws StateError and changes nothing when the state is impossible.
@@ -60,6 +83,16 @@ struct Caps {
     bool instruction_budget = false;
     bool deterministic = false;
     bool nested_paging = false;
+    bool tsc_scaling = false;  ///< any tsc_khz; otherwise only the host's
+    u32 max_cpus = 254;
+};
+
+/// What an engine offers on this host, known before one is made.
+struct EngineOffer {
+    FeatureSet features;     ///< for the CPUID policy
+    u64 native_tsc_khz = 0;  ///< the TSC frequency it has without effort; 0: any
+    bool tsc_scaling = true;
+    bool irqchip = false;  ///< it can run interrupt chips itself (kSplit, kKernel)
 };
 
 /// Everything an engine is given. The references outlive it.
@@ -69,6 +102,8 @@ struct EngineConfig {
     Bus& mmio;
     Clock& clock;
     CpuidPolicy cpuid;
+    IrqchipMode irqchip = IrqchipMode::kUser;
+    u32 cpus = 1;  ///< how many vCPUs will be made
     Log* log = nullptr;
     bool hypercall_exits = false;
     bool deterministic = false;
@@ -83,7 +118,14 @@ class Engine {
     virtual ~Engine() = default;
     virtual Caps caps() const = 0;
     virtual const char* name() const = 0;
-    /// `lapic` outlives the vCPU and may be nullptr (no interrupts but NMI).
+    /// The interrupt chips it runs itself; nullptr when all are the machine's (kUser).
+    virtual InterruptChips* chips() { return nullptr; }
+    /// Writes to guest memory, page by page. The engine owns it.
+    virtual DirtyLog& dirty_log();
+    /// Counters of the whole machine, like Vcpu::counters().
+    virtual std::vector<Vcpu::Counter> counters() const { return {}; }
+    /// `lapic` outlives the vCPU. It is nullptr when chips() has the local APICs, but for CPU 0 in
+    /// mode kSplit, where it stands for the 8259 pair alone (only pending() and acknowledge()).
     virtual std::unique_ptr<Vcpu> create_vcpu(u32 id, LocalInterrupts* lapic) = 0;
 };
 

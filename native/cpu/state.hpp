@@ -66,6 +66,25 @@ struct MsrState {
     bool operator==(const MsrState&) const = default;
 };
 
+/// An event that the CPU has begun to deliver, or must before its next instruction: an engine that
+/// is stopped in between keeps it here (SDM 3C, 27.2.4).
+struct InFlightEvent {
+    enum class Kind : u8 {
+        kNone,
+        kInterrupt,          ///< external, already acknowledged
+        kNmi,
+        kException,          ///< a fault, trap or abort at the present RIP
+        kSoftwareInterrupt,  ///< INT n
+        kSoftwareException,  ///< INT3, INTO
+    };
+    Kind kind = Kind::kNone;
+    u8 vector = 0;
+    bool has_error_code = false;
+    u8 length = 0;  ///< of the instruction, for software events
+    u32 error_code = 0;
+    bool operator==(const InFlightEvent&) const = default;
+};
+
 enum class Activity : u8 { kRunning, kHalted, kWaitForSipi, kShutdown };
 
 struct CpuState {
@@ -84,6 +103,7 @@ struct CpuState {
     bool interrupt_shadow = false;  ///< after STI or a load of SS: no interrupt for one instruction
     bool nmi_blocked = false;       ///< from NMI delivery to IRET
     bool nmi_pending = false;
+    InFlightEvent event;
     u64 instructions = 0;  ///< retired since reset (soft engine; 0 where it is not known)
     bool operator==(const CpuState&) const = default;
 };

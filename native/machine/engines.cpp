@@ -25,6 +25,12 @@ EngineStatus probe_soft() {
 #endif
 }
 
+#ifdef PV_HAVE_SOFT
+EngineOffer offer_soft() {
+    return {.features = soft::implemented_features()};
+}
+#endif
+
 EngineStatus probe_kvm() {
     if (::access("/dev/kvm", F_OK) != 0) {
         return {"kvm", "missing",
@@ -43,14 +49,14 @@ EngineStatus probe_kvm() {
 struct Row {
     const char* name;
     EngineStatus (*probe)();
-    FeatureSet (*features)();
+    EngineOffer (*offer)();
     std::unique_ptr<Engine> (*create)(const EngineConfig&);
 };
 
 const Row kEngines[] = {
     {"kvm", probe_kvm, nullptr, nullptr},
 #ifdef PV_HAVE_SOFT
-    {"soft", probe_soft, [] { return soft::implemented_features(); },
+    {"soft", probe_soft, offer_soft,
      [](const EngineConfig& config) { return soft::create_engine(config); }},
 #else
     {"soft", probe_soft, nullptr, nullptr},
@@ -60,7 +66,7 @@ const Row kEngines[] = {
 #ifdef PV_HAVE_SOFT
 // The soft engine without its specialised handlers: what tests compare it with. Never chosen by
 // auto, and not listed.
-const Row kReference = {"soft-reference", probe_soft, [] { return soft::implemented_features(); },
+const Row kReference = {"soft-reference", probe_soft, offer_soft,
                         [](const EngineConfig& config) {
                             EngineConfig reference = config;
                             reference.reference = true;
@@ -96,8 +102,12 @@ std::vector<EngineStatus> engines() {
     return result;
 }
 
-FeatureSet engine_features(const std::string& name) {
-    return choose(name).features();
+std::string resolve_engine(const std::string& name) {
+    return choose(name).name;
+}
+
+EngineOffer engine_offer(const std::string& name) {
+    return choose(name).offer();
 }
 
 std::unique_ptr<Engine> create_engine(const std::string& name, const EngineConfig& config) {

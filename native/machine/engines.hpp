@@ -18,9 +18,11 @@ struct EngineStatus {
 /// Every engine there is, the preferred one first, and whether it works here.
 std::vector<EngineStatus> engines();
 
-/// What the engine implements, for the CPUID policy. `name` is "auto" or one of engines().
-/// Throws ConfigError for an unknown name, EngineUnavailable for one that cannot run here.
-FeatureSet engine_features(const std::string& name);
+/// The engine that `name` ("auto" or one of engines()) stands for here. Throws ConfigError for an
+/// unknown name, EngineUnavailable for one that cannot run here.
+std::string resolve_engine(const std::string& name);
+/// What the engine (a resolved name) offers here. Throws as above.
+EngineOffer engine_offer(const std::string& name);
 std::unique_ptr<Engine> create_engine(const std::string& name, const EngineConfig& config);
 
 }  // namespace polyvisor

@@ -1,5 +1,7 @@
 #include "machine/machine.hpp"
 
+#include <algorithm>
+
 #include "base/error.hpp"
 #include "cpu/cpuid.hpp"
 #include "machine/engines.hpp"
@@ -25,6 +27,38 @@ const char* to_string(RunControl::Phase phase) {
     return "?";
 }
 
+// A frequency that is within what KVM itself tolerates counts as the host's own.
+void choose_tsc(MachineConfig& config, const EngineOffer& offer) {
+    constexpr u64 kTolerance = 250;  // parts per million
+    if (config.tsc_khz == 0) {
+        config.tsc_khz = offer.native_tsc_khz != 0 ? offer.native_tsc_khz : 1'000'000;
+    }
+    if (offer.tsc_scaling || offer.native_tsc_khz == 0) return;
+    u64 off = std::max(config.tsc_khz, offer.native_tsc_khz) -
+              std::min(config.tsc_khz, offer.native_tsc_khz);
+    if (off * 1'000'000 <= offer.native_tsc_khz * kTolerance) return;
+    throw ConfigError("tsc_khz", "engine " + config.engine + " cannot scale the TSC on this host: " +
+                                     std::to_string(config.tsc_khz) + " kHz is not its own " +
+                                     std::to_string(offer.native_tsc_khz) +
+                                     " kHz; leave tsc_khz out, or take engine soft");
+}
+
+IrqchipMode choose_irqchip(const MachineConfig& config, const EngineOffer& offer) {
+    const std::string& name = config.irqchip;
+    if (name == "user" || (name == "auto" && !offer.irqchip)) return IrqchipMode::kUser;
+    if (name == "auto") return IrqchipMode::kKernel;
+    bool split = name == "split";
+    if (!split && name != "kernel") {
+        throw ConfigError("irqchip", "there is no irqchip mode '" + name +
+                                         "'; choose one of auto, user, split, kernel");
+    }
+    if (!offer.irqchip) {
+        throw ConfigError("irqchip", "engine " + config.engine +
+                                         " has no interrupt chips of its own; give irqchip user");
+    }
+    return split ? IrqchipMode::kSplit : IrqchipMode::kKernel;
+}
+
 }  // namespace
 
 Machine::Machine(MachineConfig config)
@@ -39,17 +73,23 @@ Machine::Machine(MachineConfig config)
         throw ConfigError("cpus",
                           "deterministic mode runs one CPU, not " + std::to_string(config_.cpus));
     }
+    EngineOffer offer;
+    if (!config_.make_engine) {
+        config_.engine = resolve_engine(config_.engine);
+        offer = engine_offer(config_.engine);
+    }
+    choose_tsc(config_, offer);
     clock_.set_tsc_khz(config_.tsc_khz);
     clock_.pause();  // until start()
     clock_.set(0);
 
+    IrqchipMode irqchip = choose_irqchip(config_, offer);
     CpuidPolicy cpuid;
     if (config_.make_engine) {
         cpuid.cpus = config_.cpus;
         cpuid.tsc_khz = config_.tsc_khz;
     } else {
-        cpuid = make_cpuid_policy(config_.cpu_model, engine_features(config_.engine), config_.cpus,
-                                  config_.tsc_khz);
+        cpuid = make_cpuid_policy(config_.cpu_model, offer.features, config_.cpus, config_.tsc_khz);
     }
     add_pc_memory(*memory_, config_.memory);
     PcConfig pc;
@@ -60,22 +100,25 @@ Machine::Machine(MachineConfig config)
         pc.x2apic = cpuid.features.has(Feature::kX2apic);
         pc.tsc_deadline = cpuid.features.has(Feature::kTscDeadline);
     }
-    pc_ = std::make_unique<Pc>(pc, clock_, pio_, mmio_, log_,
-                               [this](StopInfo info) { request_end(std::move(info)); });
 
     EngineConfig engine{*memory_, pio_, mmio_, clock_, std::move(cpuid)};
+    engine.irqchip = irqchip;
+    engine.cpus = config_.cpus;
     engine.log = &log_;
     engine.deterministic = config_.deterministic;
     engine.ns_per_1000_instructions = config_.ns_per_1000_instructions;
     engine_ =
         config_.make_engine ? config_.make_engine(engine) : create_engine(config_.engine, engine);
+    pc.chips = engine_->chips();
+    pc_ = std::make_unique<Pc>(pc, clock_, pio_, mmio_, log_,
+                               [this](StopInfo info) { request_end(std::move(info)); });
     if (config_.deterministic && !engine_->caps().deterministic) {
         throw ConfigError("deterministic", std::string("engine ") + engine_->name() +
                                                " has no deterministic mode; take engine soft");
     }
     for (u32 cpu = 0; cpu < config_.cpus; ++cpu) {
-        vcpus_.push_back(engine_->create_vcpu(cpu, &pc_->lapic(cpu)));
-        pc_->lapic(cpu).connect(*vcpus_.back());
+        vcpus_.push_back(engine_->create_vcpu(cpu, pc_->interrupts(cpu)));
+        pc_->connect(cpu, *vcpus_.back());
         vcpus_.back()->restore(reset_state(cpu == 0));
         threads_.push_back(std::make_unique<VcpuThread>(*vcpus_.back(), control_, log_));
     }

@@ -25,7 +25,9 @@ struct MachineConfig {
     std::string engine = "auto";
     std::string cpu_model = "host";
     bool deterministic = false;
-    u64 tsc_khz = 1'000'000;
+    u64 tsc_khz = 0;  ///< 0: what the engine has without effort, or else 1 GHz
+    /// Who plays the interrupt chips: "auto" (the engine if it can), "user", "split", "kernel".
+    std::string irqchip = "auto";
     u64 ns_per_1000_instructions = 1000;
     unsigned serial_ports = 2;
     std::string name = "machine";
@@ -57,6 +59,7 @@ class Machine {
     EventLoop& loop() { return loop_; }
     Log& log() { return log_; }
     Pc& pc() { return *pc_; }
+    Engine& engine() { return *engine_; }
     const char* engine_name() const { return engine_->name(); }
     RunControl::Phase phase() const { return control_.phase(); }
 
@@ -110,8 +113,8 @@ class Machine {
     Bus pio_{"pio", 0x10000};
     Bus mmio_{"mmio", bit(52)};
     RunControl control_;
-    std::unique_ptr<Pc> pc_;
     std::unique_ptr<Engine> engine_;
+    std::unique_ptr<Pc> pc_;
     std::vector<std::unique_ptr<Vcpu>> vcpus_;
     std::vector<std::unique_ptr<VcpuThread>> threads_;
     std::mutex lifecycle_mutex_;

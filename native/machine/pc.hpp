@@ -9,6 +9,7 @@
 
 #include "bus/bus.hpp"
 #include "bus/clock.hpp"
+#include "bus/interrupt_chips.hpp"
 #include "devices/acpi_pm.hpp"
 #include "devices/debug_ports.hpp"
 #include "devices/serial.hpp"
@@ -58,6 +59,8 @@ struct PcConfig {
     bool x2apic = true;
     bool tsc_deadline = true;
     u8 physical_bits = 40;
+    /// Chips that the engine runs in place of ours; nullptr: none. Outlives the Pc.
+    InterruptChips* chips = nullptr;
 };
 
 class Pc {
@@ -68,7 +71,10 @@ class Pc {
        std::function<void(StopInfo)> end);
     ~Pc();
 
-    irqchip::Lapic& lapic(u32 cpu) { return *lapics_[cpu]; }
+    /// What the vCPU asks for interrupts, for Engine::create_vcpu().
+    LocalInterrupts* interrupts(u32 cpu) { return lapics_[cpu].get(); }
+    /// The vCPU that the CPU's interrupts are signalled to.
+    void connect(u32 cpu, CpuSignals& signals) { lapics_[cpu]->connect(signals); }
     irqchip::IrqRouter& irqs() { return router_; }
     MsiSink& msi() { return apic_bus_; }
     pci::HostBridge& pci() { return *host_bridge_; }

@@ -129,11 +129,14 @@ class Machine:
         engine: str = "auto",
         cpu_model: str = "host",
         deterministic: bool = False,
-        tsc_khz: int = 1_000_000,
+        tsc_khz: int = 0,
         ns_per_1000_instructions: int = 1000,
         serial_ports: int = 2,
+        irqchip: str = "auto",
         name: str = "machine",
     ) -> None: ...
+    @property
+    def tsc_khz(self) -> int: ...
     @property
     def memory(self) -> GuestMemory: ...
     @property

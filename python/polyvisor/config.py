@@ -11,6 +11,7 @@ import msgspec
 from polyvisor.errors import ConfigError
 
 EngineName = Literal["auto", "soft", "kvm"]
+IrqchipName = Literal["auto", "user", "split", "kernel"]
 
 PAGE_SIZE = 4096
 MIN_MEMORY = 1 << 20
@@ -36,8 +37,11 @@ class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     #: Time is a function of the instructions executed; two runs are identical. One CPU, `soft`
     #: only.
     deterministic: bool = False
-    #: The guest's time-stamp counter, in kHz.
-    tsc_khz: int = 1_000_000
+    #: The guest's time-stamp counter, in kHz. None: the host's own on `kvm`, 1 GHz on `soft`.
+    tsc_khz: int | None = None
+    #: Who plays the interrupt chips: the engine if it can ("auto"), polyvisor alone ("user"), the
+    #: engine for the local APICs ("split") or for all of them ("kernel"). `soft` has only "user".
+    irqchip: IrqchipName = "auto"
     #: Deterministic mode: virtual nanoseconds that a thousand instructions take.
     ns_per_1000_instructions: int = 1000
     #: Serial ports (COM1 to COM4); `Machine.console` is the first.
@@ -81,13 +85,20 @@ class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             )
         self._check_int("cpus", 1, MAX_CPUS)
         self._check_int("serial_ports", 1, 4)
-        self._check_int("tsc_khz", 1_000, 100_000_000)
+        if self.tsc_khz is not None:
+            self._check_int("tsc_khz", 1_000, 100_000_000)
         self._check_int("ns_per_1000_instructions", 1, 1_000_000_000)
         if self.engine not in get_args(EngineName):
             raise ConfigError(
                 f"there is no engine {self.engine!r}; choose one of "
                 f"{', '.join(get_args(EngineName))}",
                 field="engine",
+            )
+        if self.irqchip not in get_args(IrqchipName):
+            raise ConfigError(
+                f"there is no irqchip mode {self.irqchip!r}; choose one of "
+                f"{', '.join(get_args(IrqchipName))}",
+                field="irqchip",
             )
         if self.deterministic and self.cpus != 1:
             raise ConfigError(

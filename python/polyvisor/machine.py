@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import msgspec
 
 from polyvisor import _native
-from polyvisor.config import EngineName, MachineConfig
+from polyvisor.config import EngineName, IrqchipName, MachineConfig
 from polyvisor.console import Console
 from polyvisor.cpu import Cpu
 from polyvisor.errors import ConfigError, DeviceError, MachineTimeout, StateMismatch
@@ -91,6 +91,7 @@ class Machine:
         cpu_model: str | None = None,
         deterministic: bool | None = None,
         tsc_khz: int | None = None,
+        irqchip: IrqchipName | str | None = None,
         ns_per_1000_instructions: int | None = None,
         serial_ports: int | None = None,
         wall_clock: float | None = None,
@@ -104,6 +105,7 @@ class Machine:
             "cpu_model": cpu_model,
             "deterministic": deterministic,
             "tsc_khz": tsc_khz,
+            "irqchip": irqchip,
             "ns_per_1000_instructions": ns_per_1000_instructions,
             "serial_ports": serial_ports,
             "wall_clock": wall_clock,
@@ -118,11 +120,13 @@ class Machine:
             engine=config.engine,
             cpu_model=config.cpu_model,
             deterministic=config.deterministic,
-            tsc_khz=config.tsc_khz,
+            tsc_khz=config.tsc_khz or 0,
+            irqchip=config.irqchip,
             ns_per_1000_instructions=config.ns_per_1000_instructions,
             serial_ports=config.serial_ports,
             name=config.name,
         )
+        self._tsc_khz = self._native.tsc_khz
         # A machine that nobody closed must not keep its threads past the interpreter's end.
         self._finalizer = weakref.finalize(self, self._native.close)
         self._memory: Memory | None = Memory(self._native.memory)
@@ -175,7 +179,7 @@ class Machine:
     @property
     def tsc_khz(self) -> int:
         """The frequency of the guest's time-stamp counter, in kHz."""
-        return self.config.tsc_khz
+        return self._tsc_khz
 
     @property
     def memory(self) -> Memory:

@@ -1,0 +1,93 @@
+// One vCPU on KVM: requests from other threads, the KVM_RUN loop, and in mode kUser the injection
+// of our local APIC's interrupts. Exits are served in exits.cpp, state is moved in cpu_state.cpp.
+#pragma once
+
+#include <linux/kvm.h>
+
+#include <array>
+#include <condition_variable>
+#include <mutex>
+
+#include "base/fd.hpp"
+#include "base/mapping.hpp"
+#include "cpu/engine.hpp"
+#include "kvm/vm.hpp"
+
+namespace polyvisor::kvm {
+
+class KvmVcpu final : public Vcpu {
+  public:
+    KvmVcpu(Vm& vm, u32 id, LocalInterrupts* lapic);
+    ~KvmVcpu() override;
+
+    Exit run() override;
+    void request_stop() override { request(kStop); }
+    void set_instruction_budget(u64 instructions) override;
+    void set_debug(const GuestDebug& debug) override;
+    CpuState save() const override;
+    void restore(const CpuState& state) override;
+    u32 id() const override { return id_; }
+    bool translate(u64 gva, u64& gpa) const override;
+    std::vector<Counter> counters() const override;
+
+    void interrupt() override { request(kInterrupt); }
+    void nmi() override { request(kNmi); }
+    void smi() override {}
+    void init() override { request(kInit); }
+    void sipi(u8 vector) override;
+
+    // What the files of this folder share.
+    Vm& vm() const { return vm_; }
+    int fd() const { return fd_.get(); }
+    kvm_run& shared() const { return *run_; }
+    LocalInterrupts* lapic() const { return lapic_; }
+    /// The vCPU's CPUID, as KVM has it.
+    const std::vector<kvm_cpuid_entry2>& cpuid() const { return cpuid_; }
+    /// True when no local APIC of KVM's delivers interrupts.
+    bool user_lapic() const { return vm_.irqchip() == IrqchipMode::kUser; }
+    /// The kernel still has to finish the instruction that exited (an access we served).
+    void expect_completion() const { incomplete_ = true; }
+
+  private:
+    enum Request : u32 { kStop = 1, kInterrupt = 2, kNmi = 4, kInit = 8, kSipi = 16 };
+
+    void request(u32 bits);
+    bool take_requests(Exit& exit);
+    bool wait_while_halted(Exit& exit);
+    void before_entry();
+    void inject();
+    bool handle(Exit& exit);
+    bool handle_io();
+    bool handle_mmio(Exit& exit);
+    bool handle_msr(bool write, Exit& exit);
+    void complete() const;
+    void sync_tsc(bool force);
+    void read_tsc_offset() const;
+
+    Vm& vm_;
+    const u32 id_;
+    LocalInterrupts* const lapic_;
+    OwnedFd fd_;
+    Mapping mapping_;
+    kvm_run* run_ = nullptr;
+    std::vector<kvm_cpuid_entry2> cpuid_;
+
+    std::atomic<u32> requests_{0};
+    std::atomic<int> thread_{0};  // whose KVM_RUN a request interrupts; 0: none
+    std::atomic<u8> sipi_vector_{0};
+    std::mutex halt_mutex_;  // a leaf
+    std::condition_variable halt_wake_;
+    Activity activity_ = Activity::kRunning;  // kUser only: KVM does not know of halting then
+    bool halt_reported_ = false;
+    mutable bool incomplete_ = false;
+    bool interrupt_waiting_ = false;
+    GuestDebug debug_;
+    u64 clock_generation_ = 0;
+    mutable u64 tsc_offset_ = 0;        // CpuState.msr.tsc_offset
+    mutable s64 kvm_tsc_offset_ = 0;    // what KVM was given for it
+    bool has_tsc_attribute_ = false;
+    std::array<u64, 64> exits_{};  // by KVM's exit reason
+    u64 signals_ = 0;
+};
+
+}  // namespace polyvisor::kvm

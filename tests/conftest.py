@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from polyvisor import kvm_probe
 
 # A loaded machine is slow, which is no failure; CI must fail for what was changed, not by chance.
 settings.register_profile("polyvisor", deadline=None, derandomize="CI" in os.environ)
@@ -24,13 +28,56 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.geteuid() == 0:
-        return
-    skip = pytest.mark.skip(reason="needs root")
-    for item in items:
-        if item.get_closest_marker("needs_root"):
-            item.add_marker(skip)
+#: Million instructions per second at ring 0 that tests marked kvm_fast want. Hosts that emulate it
+#: manage one or two, hardware hundreds, even hardware that is busy or is itself an emulator's.
+FAST_MIPS = 50.0
+KVM_MARKERS = {"kvm", "kvm_fast", "kvm_native"}
+
+
+@cache
+def no_kvm(fast: bool) -> str:
+    """Why tests that need KVM (a fast one?) cannot run here; empty when they can."""
+    found = kvm_probe.probe(measure=fast)
+    if found.reason:
+        return found.sentence
+    if fast and (found.mips or 0) < FAST_MIPS:
+        return "this /dev/kvm emulates ring 0, which is slower than the soft engine"
+    return ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("needs_root") and os.geteuid() != 0:
+        pytest.skip("needs root")
+    fast = item.get_closest_marker("kvm_fast") is not None
+    if (fast or item.get_closest_marker("kvm")) and (reason := no_kvm(fast)):
+        pytest.skip(reason)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How much of what needs KVM was left out, which a green run must not hide."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.getreports("skipped")
+        if KVM_MARKERS & report.keywords.keys() and isinstance(report.longrepr, tuple)
+    )
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"KVM tests skipped: {count} ({reason})")
+
+
+@pytest.fixture(params=["soft", pytest.param("kvm", marks=pytest.mark.kvm)])
+def engine(request: pytest.FixtureRequest) -> str:
+    """Each engine's name, for tests with guests of a few thousand instructions."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(
+    params=["soft", pytest.param("kvm", marks=[pytest.mark.kvm, pytest.mark.kvm_fast])]
+)
+def fast_engine(request: pytest.FixtureRequest) -> str:
+    """Each engine's name, for tests whose guests run for long: booted kernels, long loops."""
+    name: str = request.param
+    return name
 
 
 @pytest.fixture(scope="session")

@@ -22,28 +22,28 @@ class GuestClock {
     GuestClock(int vm_fd, Clock& clock) : vm_fd_(vm_fd), clock_(clock) {}
 
     /// Brings kvmclock and the base offset up to the machine's time if it was moved (paused, set)
-    /// since the last call. Returns a number that changes whenever the base did.
-    u64 sync();
+    /// since the last call. Returns a number that changes whenever the base did. `vcpu_fd`: the
+    /// calling thread's own vCPU.
+    u64 sync(int vcpu_fd);
     /// Guest TSC minus scaled host TSC of a vCPU with tsc_offset 0.
     s64 base_offset() const { return base_.load(std::memory_order_relaxed); }
-    /// The scaled host TSC now.
-    u64 scaled_host_tsc() const;
-    /// Virtual time at which a vCPU with tsc_offset 0 reads `tsc` (for timers of ours).
-    Nanoseconds time_of_tsc(u64 tsc) const;
-    /// The host's TSC frequency, once the first vCPU exists (KVM_GET_TSC_KHZ).
-    void set_host_khz(u64 khz) { host_khz_ = khz; }
-    u64 host_khz() const { return host_khz_; }
+    /// How far the hardware's TSC has run ahead of the machine's clock, in ticks: the two count on
+    /// different oscillators. Only while the machine runs.
+    s64 drift(int vcpu_fd) const;
+    /// The host's TSC frequency (KVM_GET_TSC_KHZ).
+    void set_host_khz(u64 khz);
 
   private:
+    s64 ticks(s64 nanoseconds) const;
+    u64 scaled_host_tsc(int vcpu_fd) const;
+
     int vm_fd_;
     Clock& clock_;
-    u64 host_khz_ = 0;
-    std::mutex mutex_;  // a leaf
-    u64 last_host_offset_ = 0;
-    u64 last_virtual_ = 0;
+    bool scaled_ = false;  // the guest's frequency is not the host's
+    std::mutex mutex_;     // a leaf; writers of what follows hold it
     std::atomic<s64> base_{0};
     std::atomic<u64> generation_{0};
-    std::atomic<u64> seen_offset_{0};
+    std::atomic<u64> seen_offset_{0};  // Clock::host_offset() at the last sync()
 };
 
 }  // namespace polyvisor::kvm

@@ -5,6 +5,7 @@
 #include <sys/ioctl.h>
 
 #include <cerrno>
+#include <vector>
 
 #include "base/error.hpp"
 #include "base/types.hpp"
@@ -27,6 +28,19 @@ int try_ioctl(int fd, unsigned long request, Argument argument = {}) {
 
 /// Throws HostError: "KVM_SET_SREGS failed: Invalid argument".
 [[noreturn]] void throw_ioctl(unsigned long request, int error);
+
+/// A struct of KVM's that ends in an array: kvm_msrs, kvm_cpuid2, kvm_irq_routing, ... All zero.
+template <class Head>
+class WithEntries {
+  public:
+    explicit WithEntries(std::size_t count)
+        : words_((sizeof(Head) + count * sizeof(Head{}.entries[0]) + 7) / 8) {}
+    Head* operator->() { return head(); }
+    Head* head() { return reinterpret_cast<Head*>(words_.data()); }
+
+  private:
+    std::vector<u64> words_;
+};
 
 template <class Argument = long>
 int call_ioctl(int fd, unsigned long request, Argument argument = {}) {

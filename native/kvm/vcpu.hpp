@@ -45,24 +45,35 @@ class KvmVcpu final : public Vcpu {
     const std::vector<kvm_cpuid_entry2>& cpuid() const { return cpuid_; }
     /// True when no local APIC of KVM's delivers interrupts.
     bool user_lapic() const { return vm_.irqchip() == IrqchipMode::kUser; }
-    /// The kernel still has to finish the instruction that exited (an access we served).
-    void expect_completion() const { incomplete_ = true; }
+    /// Guest TSC minus the machine clock's, as CpuState.msr.tsc_offset.
+    u64 tsc_offset() const;
 
   private:
     enum Request : u32 { kStop = 1, kInterrupt = 2, kNmi = 4, kInit = 8, kSipi = 16 };
+    /// What to do after an exit was served.
+    enum class Then : u8 {
+        kEnter,  ///< run on
+        kReturn  ///< run() returns the Exit
+    };
 
     void request(u32 bits);
     bool take_requests(Exit& exit);
     bool wait_while_halted(Exit& exit);
-    void before_entry();
     void inject();
-    bool handle(Exit& exit);
-    bool handle_io();
-    bool handle_mmio(Exit& exit);
-    bool handle_msr(bool write, Exit& exit);
-    void complete() const;
-    void sync_tsc(bool force);
-    void read_tsc_offset() const;
+    void enter_init();
+    void enter_sipi(u8 vector);
+    void complete();
+
+    // exits.cpp
+    Then handle(Exit& exit);
+    Then handle_io(Exit& exit);
+    Then handle_mmio(Exit& exit);
+    void handle_msr(bool write);
+    Then fail(Exit& exit, std::string what) const;
+    std::string describe() const;
+
+    void sync_tsc(bool anew);
+    s64 kernel_tsc_offset() const;
 
     Vm& vm_;
     const u32 id_;
@@ -79,15 +90,15 @@ class KvmVcpu final : public Vcpu {
     std::condition_variable halt_wake_;
     Activity activity_ = Activity::kRunning;  // kUser only: KVM does not know of halting then
     bool halt_reported_ = false;
-    mutable bool incomplete_ = false;
+    bool incomplete_ = false;  // KVM has to finish an instruction whose access we served
+    u8 cr8_ = 0;               // as our local APIC last heard
     bool interrupt_waiting_ = false;
     GuestDebug debug_;
     u64 clock_generation_ = 0;
-    mutable u64 tsc_offset_ = 0;        // CpuState.msr.tsc_offset
-    mutable s64 kvm_tsc_offset_ = 0;    // what KVM was given for it
-    bool has_tsc_attribute_ = false;
-    std::array<u64, 64> exits_{};  // by KVM's exit reason
-    u64 signals_ = 0;
+    bool tsc_attribute_ = false;  // KVM_VCPU_TSC_OFFSET: kernels since 5.16
+    u64 tsc_offset_ = 0;          // CpuState.msr.tsc_offset, less what the guest added since
+    s64 kernel_offset_ = 0;       // what KVM was given for it
+    std::array<std::atomic<u64>, 64> exits_{};  // by KVM's exit reason; written by one thread
 };
 
 }  // namespace polyvisor::kvm

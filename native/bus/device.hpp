@@ -29,17 +29,22 @@ namespace polyvisor {
 /// Offsets of a device whose writes need no answer, only a wake-up: virtio's notify registers.
 struct Doorbell {
     u64 offset = 0;
-    u8 size = 0;          ///< bytes of the write; 0: any
-    bool matches = false; ///< only writes of `value` ring it
+    u8 size = 0;           ///< bytes of the write; 0: any
+    bool matches = false;  ///< only writes of `value` ring it
     u64 value = 0;
     int event_fd = -1;  ///< counts the rings; the device's, and valid while it is attached
 };
 
 /// Offsets where a write changes nothing that anyone could see before the next access to the
-/// device: an engine may deliver such writes late and together.
+/// device: an engine may deliver such writes late and together, though always in order and before
+/// anything else of the same vCPU. An access is one that calls read() or write(): a device whose
+/// doorbells depend on such writes must not post them.
 struct PostedRange {
     u64 offset = 0;
     u64 size = 0;
+    /// ns after which the write has to come though no access follows; 0: it may wait for ever. An
+    /// engine needs a timer for that, and may let it come at once instead.
+    u64 max_delay = 0;
 };
 
 class Device {

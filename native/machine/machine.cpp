@@ -37,10 +37,11 @@ void choose_tsc(MachineConfig& config, const EngineOffer& offer) {
     u64 off = std::max(config.tsc_khz, offer.native_tsc_khz) -
               std::min(config.tsc_khz, offer.native_tsc_khz);
     if (off * 1'000'000 <= offer.native_tsc_khz * kTolerance) return;
-    throw ConfigError("tsc_khz", "engine " + config.engine + " cannot scale the TSC on this host: " +
-                                     std::to_string(config.tsc_khz) + " kHz is not its own " +
-                                     std::to_string(offer.native_tsc_khz) +
-                                     " kHz; leave tsc_khz out, or take engine soft");
+    throw ConfigError("tsc_khz",
+                      "engine " + config.engine +
+                          " cannot scale the TSC on this host: " + std::to_string(config.tsc_khz) +
+                          " kHz is not its own " + std::to_string(offer.native_tsc_khz) +
+                          " kHz; leave tsc_khz out, or take engine soft");
 }
 
 IrqchipMode choose_irqchip(const MachineConfig& config, const EngineOffer& offer) {
@@ -122,6 +123,9 @@ Machine::Machine(MachineConfig config)
         vcpus_.back()->restore(reset_state(cpu == 0));
         threads_.push_back(std::make_unique<VcpuThread>(*vcpus_.back(), control_, log_));
     }
+    if (engine_->chips() != nullptr) {
+        halt_watch_ = std::make_unique<HaltWatch>(clock_, control_, threads_);
+    }
 }
 
 Machine::~Machine() {
@@ -146,7 +150,7 @@ void Machine::start_loop() {
 // Stores through views of the memory are not seen as they happen; those that may have hit code are
 // told to the engine before it runs on.
 void Machine::note_views() {
-    for (const auto& region : memory_->regions()) memory_->note_write(region->start, region->size);
+    for (const auto& region : memory_->regions()) memory_->recheck_code(region->start, region->size);
 }
 
 void Machine::start() {
@@ -169,6 +173,7 @@ void Machine::start() {
     unfinished_ = static_cast<u32>(threads_.size());
     try {
         for (auto& thread : threads_) thread->start(hooks);
+        if (halt_watch_) halt_watch_->start();
     } catch (const Error& error) {
         request_end({StopReason::kEngineFailure, 0, error.what(), 0});
         throw;

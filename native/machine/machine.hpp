@@ -13,6 +13,7 @@
 #include "base/log.hpp"
 #include "bus/event_loop.hpp"
 #include "cpu/engine.hpp"
+#include "machine/halt_watch.hpp"
 #include "machine/pc.hpp"
 #include "machine/run_control.hpp"
 #include "machine/vcpu_thread.hpp"
@@ -117,6 +118,7 @@ class Machine {
     std::unique_ptr<Pc> pc_;
     std::vector<std::unique_ptr<Vcpu>> vcpus_;
     std::vector<std::unique_ptr<VcpuThread>> threads_;
+    std::unique_ptr<HaltWatch> halt_watch_;  // with an engine's own local APICs
     std::mutex lifecycle_mutex_;
     std::atomic<u32> unfinished_{0};  // vCPU threads
     bool loop_started_ = false;

@@ -132,6 +132,16 @@ void RunControl::halted(u32 cpu) {
     if (wants_reports()) kick_();
 }
 
+void RunControl::ask_dormant() {
+    {
+        std::lock_guard lock(mutex_);
+        if (phase_ != Phase::kRunning) return;
+        dormant_.assign(threads_, false);
+        checking_ = true;
+    }
+    kick_();
+}
+
 void RunControl::report(u32 cpu, bool dormant) {
     {
         std::lock_guard lock(mutex_);

@@ -52,7 +52,10 @@ class RunControl {
     /// CPU `cpu` has just halted with interrupts off. Ends the machine if every other CPU is
     /// dormant too: asks them all to leave the guest and report() (only they can tell).
     void halted(u32 cpu);
-    /// Whether halted() waits for reports.
+    /// For engines that do not tell: asks every CPU for a report, and ends the machine if all are
+    /// dormant. Any thread.
+    void ask_dormant();
+    /// Whether halted() or ask_dormant() waits for reports.
     bool wants_reports() const { return checking_.load(std::memory_order_relaxed); }
     /// `dormant`: only an INIT, start-up IPI or NMI, that is another CPU, could wake this one.
     void report(u32 cpu, bool dormant);

@@ -14,9 +14,12 @@ void VcpuThread::start(const Hooks& hooks) {
     try {
         thread_ = std::thread([this, hooks] {
             ::pthread_setname_np(::pthread_self(), ("vcpu" + std::to_string(vcpu_.id())).c_str());
+            clockid_t clock = kNoClock;
+            if (::pthread_getcpuclockid(::pthread_self(), &clock) == 0) cpu_clock_ = clock;
             if (hooks.started) hooks.started();
             run_loop(vcpu_, control_, counters_, log_);
             if (hooks.finished) hooks.finished();
+            cpu_clock_ = kNoClock;
             control_.leave();
         });
     } catch (const std::system_error& error) {
@@ -24,6 +27,13 @@ void VcpuThread::start(const Hooks& hooks) {
         throw HostError(error.code().value(), "",
                         "cannot start the thread of CPU " + std::to_string(vcpu_.id()));
     }
+}
+
+u64 VcpuThread::cpu_time() const {
+    timespec time{};
+    clockid_t clock = cpu_clock_;
+    if (clock == kNoClock || ::clock_gettime(clock, &time) != 0) return 0;
+    return static_cast<u64>(time.tv_sec) * 1'000'000'000 + static_cast<u64>(time.tv_nsec);
 }
 
 void VcpuThread::join() {

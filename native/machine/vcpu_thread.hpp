@@ -1,7 +1,11 @@
 // The host thread of one vCPU.
 #pragma once
 
+#include <time.h>
+
+#include <atomic>
 #include <functional>
+#include <memory>
 #include <thread>
 
 #include "base/log.hpp"
@@ -31,13 +35,18 @@ class VcpuThread {
     void start(const Hooks& hooks);
     void join();
     bool is_current() const { return thread_.get_id() == std::this_thread::get_id(); }
+    /// CPU time that the thread has used, in ns; 0 before it was started.
+    u64 cpu_time() const;
     const ExitCounters& counters() const { return counters_; }
 
   private:
+    static constexpr clockid_t kNoClock = 0;  // CLOCK_REALTIME: never a thread's
+
     Vcpu& vcpu_;
     RunControl& control_;
     Log& log_;
     ExitCounters counters_;
+    std::atomic<clockid_t> cpu_clock_{kNoClock};
     std::thread thread_;
 };
 

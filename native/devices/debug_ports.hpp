@@ -16,9 +16,13 @@ class DebugConsole final : public Device {
     std::string_view name() const override { return "debug-console"; }
     void read(u64 offset, std::span<u8> data) override;
     void write(u64 offset, std::span<const u8> data) override;
+    /// Output is never read back; a person may wait for it.
+    std::vector<PostedRange> posted() const override { return {{0, 1, kDelay}}; }
     void flush() { batch_.flush(); }
 
   private:
+    static constexpr u64 kDelay = 10'000'000;  // ns
+
     OutputBatch batch_;
 };
 

@@ -59,11 +59,16 @@ class ConfigPorts final : public Device {
     std::string_view name() const override { return "pci-config-ports"; }
     void read(u64 offset, std::span<u8> data) override;
     void write(u64 offset, std::span<const u8> data) override;
+    /// The address may wait for the access to the data port; a reset not for long.
+    std::vector<PostedRange> posted() const override { return {{0, 4, kResetDelay}}; }
     void reset() override;
     std::vector<u8> save() const override;
     void restore(std::span<const u8> state) override;
 
   private:
+    // ns. Linux gives the reset control 50 us and then tries other ways, none of which ends worse.
+    static constexpr u64 kResetDelay = 2'000'000;
+
     HostBridge& bridge_;
     std::shared_ptr<Device> reset_control_;
     std::atomic<u32> address_{0};

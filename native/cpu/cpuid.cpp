@@ -13,7 +13,8 @@
 // Intel's in IA32_ARCH_CAPABILITIES, AMD's in 0x80000008 and 0x80000021. Spectre v2 has no such
 // bit; with IBRS_ALL (Intel) or automatic IBRS (AMD) Linux sets one register bit once and uses
 // neither retpolines nor return thunks, which an interpreter would pay for on every indirect
-// branch.
+// branch. A guest on real hardware gets none of that but what the hardware has: the immunities and
+// the controls that KVM passes on, so that it defends itself as it would without us.
 #include "cpu/cpuid.hpp"
 
 #include <cpuid.h>
@@ -109,38 +110,7 @@ void apply_dependencies(FeatureSet& set) {
     needs(F::kApic, {F::kX2apic, F::kTscDeadline, F::kArat});
     needs(F::kLongMode, {F::kLa57, F::kPage1Gb, F::kPcid, F::kLahf64});
     needs(F::kPcid, {F::kInvpcid});
-}
-
-FeatureSet choose_features(std::string_view model, const FeatureSet& implemented) {
-    FeatureSet available = implemented;
-    FeatureSet host = host_features();
-    for (const FeatureBit& row : feature_bits()) {
-        if (row.needs_host && !host.has(row.feature)) available.set(row.feature, false);
-    }
-    apply_dependencies(available);
-    if (model == "host") return available;
-
-    int level = model == "baseline" ? 1 : model == "x86-64-v2" ? 2 : model == "x86-64-v3" ? 3 : 0;
-    if (level == 0) {
-        bad_model(model, "is not known; use host, baseline, x86-64-v2 or x86-64-v3.");
-    }
-    FeatureSet set = available;
-    auto drop = [&](std::span<const F> list) {
-        for (F f : list) set.set(f, false);
-    };
-    auto require = [&](std::span<const F> list) {
-        for (F f : list) {
-            if (available.has(f)) continue;
-            bad_model(model, "needs " + std::string(feature_name(f)) +
-                                 ", which this host does not have; use a lower model.");
-        }
-    };
-    drop(kHostOnly);
-    require(kModelV1);
-    level >= 2 ? require(kModelV2) : drop(kModelV2);
-    level >= 3 ? require(kModelV3) : drop(kModelV3);
-    apply_dependencies(set);
-    return set;
+    needs(F::kKvmClock, {F::kPvUnhalt, F::kPvIpi});  // without it there is no KVM signature
 }
 
 struct Signature {
@@ -164,6 +134,84 @@ Signature choose_signature(std::string_view model) {
     if (model != "host" && s.intel) s.eax = 0x000806f8;  // family 6, model 8f, stepping 8
     if (model != "host" && s.amd) s.eax = 0x00a10f11;    // family 19, model 11, stepping 1
     return s;
+}
+
+// Bits that say of a CPU what kNotVulnerable means (see the top), by vendor.
+constexpr F kImmuneIntel[] = {F::kSpecCtrl, F::kArchCapabilities};
+constexpr F kImmuneAmd[] = {F::kAmdSsbNo, F::kBtcNo,   F::kAutoIbrs,
+                            F::kSrsoNo,   F::kTsaSqNo, F::kTsaL1No};
+
+/// What engine, host and vendor allow.
+FeatureSet available_features(const FeatureSet& implemented, const Signature& signature) {
+    FeatureSet available = implemented;
+    if (implemented.has(F::kNotVulnerable)) {
+        for (F f : signature.intel ? std::span<const F>(kImmuneIntel) : kImmuneAmd)
+            available.set(f);
+    }
+    FeatureSet host = host_features();
+    for (const FeatureBit& row : feature_bits()) {
+        bool foreign = (row.vendor == FeatureBit::kIntelOnly && !signature.intel) ||
+                       (row.vendor == FeatureBit::kAmdOnly && !signature.amd);
+        if (foreign || (row.needs_host && !host.has(row.feature)))
+            available.set(row.feature, false);
+    }
+    apply_dependencies(available);
+    return available;
+}
+
+FeatureSet model_features(std::string_view model, const FeatureSet& available) {
+    if (model == "host") return available;
+    int level = model == "baseline" ? 1 : model == "x86-64-v2" ? 2 : model == "x86-64-v3" ? 3 : 0;
+    if (level == 0) {
+        bad_model(model, "is not known; use host, baseline, x86-64-v2 or x86-64-v3.");
+    }
+    FeatureSet set = available;
+    auto drop = [&](std::span<const F> list) {
+        for (F f : list) set.set(f, false);
+    };
+    auto require = [&](std::span<const F> list) {
+        for (F f : list) {
+            if (available.has(f)) continue;
+            bad_model(model, "needs " + std::string(feature_name(f)) +
+                                 ", which this host or engine does not have; use a lower model.");
+        }
+    };
+    drop(kHostOnly);
+    require(kModelV1);
+    level >= 2 ? require(kModelV2) : drop(kModelV2);
+    level >= 3 ? require(kModelV3) : drop(kModelV3);
+    apply_dependencies(set);
+    return set;
+}
+
+[[noreturn]] void bad_change(const std::string& name, const std::string& why) {
+    throw ConfigError("cpu_features", "CPU feature \"" + name + "\" " + why);
+}
+
+/// The user's word on single features.
+void apply_changes(FeatureSet& set, const FeatureSet& available, const CpuidOptions& options) {
+    for (const auto& [name, on] : options.changes) {
+        const FeatureBit* row = find_feature(name);
+        if (row == nullptr) {
+            bad_change(name, "is not known; names are those of /proc/cpuinfo, such as \"avx2\".");
+        }
+        if (on && !available.has(row->feature)) {
+            bad_change(name, "is not to be had: this host or engine does not have it.");
+        }
+        // Two features may share a bit, and the name stands with one of them.
+        for (const FeatureBit& other : feature_bits()) {
+            if (other.leaf == row->leaf && other.subleaf == row->subleaf && other.reg == row->reg &&
+                other.bit == row->bit) {
+                set.set(other.feature, on && available.has(other.feature));
+            }
+        }
+    }
+    apply_dependencies(set);
+    for (const auto& [name, on] : options.changes) {
+        if (on && !set.has(find_feature(name)->feature)) {
+            bad_change(name, "needs another one that this machine's CPU does not have.");
+        }
+    }
 }
 
 /// Cache description as leaf 4 and 0x8000001d give it. Sharing: `cpus` logical CPUs.
@@ -192,10 +240,6 @@ void build_basic(Builder& b, const CpuidPolicy& p, const Signature& s) {
     if (p.features.has(F::kMonitor)) b.set(5, 64, 64, 3, 0);
     b.set(6, 0, 0, 0, 0);
     b.set(7, 0, 0, 0, 0, 0);
-    if (p.features.has(F::kNotVulnerable) && s.intel) {
-        b.at(7, 0, true).edx |=
-            static_cast<u32>(bit(26) | bit(29));  // SPEC_CTRL, ARCH_CAPABILITIES
-    }
     for (u32 leaf : {0xbu, 0x1fu}) {
         if (leaf == 0x1f && !s.intel) continue;
         b.set(leaf, 0, 0, 1, 1 << 8, 0);                           // one thread per core
@@ -209,8 +253,8 @@ void build_basic(Builder& b, const CpuidPolicy& p, const Signature& s) {
         b.set(0xd, 1, 0, size, 0, 0);
         if (avx) b.set(0xd, 2, kXsaveAvxSize, kXsaveLegacyArea, 0, 0);
     }
-    // Crystal 1 MHz: TSC = crystal * ebx / eax.
-    b.set(0x15, 1000, static_cast<u32>(p.tsc_khz), 1'000'000, 0);
+    // TSC = crystal * ebx / eax; the crystal is the local APICs' clock of 1 GHz, as Linux expects.
+    b.set(0x15, 1'000'000, static_cast<u32>(p.tsc_khz), 1'000'000'000, 0);
     u32 mhz = static_cast<u32>(std::max<u64>(p.tsc_khz / 1000, 1));
     b.set(0x16, mhz, mhz, 1000, 0);
 }
@@ -238,9 +282,7 @@ void build_extended(Builder& b, const CpuidPolicy& p, const Signature& s) {
     b.text(0x80000003, "l x86-64 CPU\0\0\0\0");
     b.set(0x80000004, 0, 0, 0, 0);
     if (s.amd) {
-        // AMD repeats the old bits of leaf 1's EDX here.
         CpuidLeaf& one = b.at(0x80000001);
-        one.edx |= b.at(1).edx & 0x0183f3ff;
         one.ecx |= p.cpus > 1 ? 1u << 1 : 0;  // CMP_LEGACY: the HTT count is cores
         one.ecx |= 1u << 22;                  // topology extensions: 0x8000001d and e
         b.set(0x80000005, 0xff40ff40, 0xff40ff40, 32u << 24 | 8 << 16 | 1 << 8 | 64,
@@ -259,49 +301,54 @@ void build_extended(Builder& b, const CpuidPolicy& p, const Signature& s) {
     b.set(0x80000007, 0, 0, 0, static_cast<u32>(bit(8)));  // invariant TSC
     u32 linear = p.features.has(F::kLa57) ? 57 : 48;
     u32 cores = s.amd ? (p.cpus - 1) | ceil_log2(p.cpus) << 12 : 0;
-    // AMD: FXSAVE and XSAVE always store the x87 error pointers, so Linux need not clear them.
-    u32 error_pointers = s.amd ? static_cast<u32>(bit(2)) : 0;
-    b.set(0x80000008, p.physical_bits | linear << 8, error_pointers, cores, 0);
-    if (s.amd && p.features.has(F::kNotVulnerable)) {
-        b.at(0x80000008).ebx |= static_cast<u32>(bit(26) | bit(29));  // SSB_NO, BTC_NO
-        // Automatic IBRS, SRSO_NO; TSA_SQ_NO, TSA_L1_NO
-        b.set(0x80000021, static_cast<u32>(bit(8) | bit(29)), 0, bit(1) | bit(2), 0);
-    }
-    if (s.amd) {
-        // LFENCE always serializing; loading a null selector clears the base.
-        b.at(0x80000021).eax |= static_cast<u32>(bit(2) | bit(6));
-    }
+    b.set(0x80000008, p.physical_bits | linear << 8, 0, cores, 0);
+    if (s.amd) b.set(0x80000021, 0, 0, 0, 0);
 }
 
-}  // namespace
-
-CpuidPolicy make_cpuid_policy(std::string_view model, const FeatureSet& implemented, u32 cpus,
-                              u64 tsc_khz) {
-    if (cpus == 0) throw ConfigError("cpus", "a machine needs at least one CPU.");
-    CpuidPolicy p;
-    p.features = choose_features(model, implemented);
-    p.tsc_khz = tsc_khz;
-    p.cpus = cpus;
-    Signature signature = choose_signature(model);
-    p.intel = signature.intel;
-
-    Builder b(p);
-    build_basic(b, p, signature);
+/// The bits of the features, once all other leaves are there.
+void build_features(Builder& b, const CpuidPolicy& p) {
     for (const FeatureBit& row : feature_bits()) {
         if (row.bit == FeatureBit::kNoBit || !p.features.has(row.feature)) continue;
         CpuidLeaf& leaf = b.at(row.leaf, row.subleaf, row.leaf == 7 || row.leaf == 13);
         u32* registers[] = {&leaf.eax, &leaf.ebx, &leaf.ecx, &leaf.edx};
         *registers[row.reg] |= static_cast<u32>(bit(row.bit));
+        if (row.leaf != 7) continue;
+        CpuidLeaf& first = b.at(7, 0, true);  // EAX: the last subleaf
+        first.eax = std::max(first.eax, row.subleaf);
     }
+}
+
+/// AMD has the old bits of leaf 1's EDX twice.
+void repeat_features(Builder& b) {
+    u32 old = b.at(1).edx & 0x0183f3ff;
+    b.at(0x80000001).edx |= old;
+}
+
+}  // namespace
+
+CpuidPolicy make_cpuid_policy(std::string_view model, const FeatureSet& implemented, u32 cpus,
+                              u64 tsc_khz, const CpuidOptions& options) {
+    if (cpus == 0) throw ConfigError("cpus", "a machine needs at least one CPU.");
+    Signature signature = choose_signature(model);
+    FeatureSet available = available_features(implemented, signature);
+    CpuidPolicy p;
+    p.features = model_features(model, available);
+    apply_changes(p.features, available, options);
+    p.tsc_khz = tsc_khz;
+    p.cpus = cpus;
+    p.physical_bits = std::min(p.physical_bits, options.physical_bits);
+    p.intel = signature.intel;
+    if (p.features.has(F::kArchCapabilities)) {
+        p.arch_capabilities =
+            implemented.has(F::kNotVulnerable) ? kArchCapabilities : options.arch_capabilities;
+    }
+
+    Builder b(p);
+    build_basic(b, p, signature);
     build_hypervisor(b, p);
     build_extended(b, p, signature);
-    // build_extended() made leaf 0x80000001 anew.
-    for (const FeatureBit& row : feature_bits()) {
-        if (row.leaf != 0x80000001 || row.bit == FeatureBit::kNoBit) continue;
-        if (!p.features.has(row.feature)) continue;
-        CpuidLeaf& leaf = b.at(row.leaf);
-        (row.reg == FeatureBit::kEcx ? leaf.ecx : leaf.edx) |= static_cast<u32>(bit(row.bit));
-    }
+    build_features(b, p);
+    if (signature.amd) repeat_features(b);
     std::sort(p.leaves.begin(), p.leaves.end(), [](const CpuidLeaf& a, const CpuidLeaf& c) {
         return a.leaf != c.leaf ? a.leaf < c.leaf : a.subleaf < c.subleaf;
     });

@@ -5,6 +5,7 @@
 
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "base/types.hpp"
@@ -26,6 +27,8 @@ struct CpuidPolicy {
     u32 cpus = 1;
     u8 physical_bits = 40;
     bool intel = false;  ///< the vendor is Intel: what differs between vendors follows it
+    /// IA32_ARCH_CAPABILITIES of a vCPU with Feature::kArchCapabilities.
+    u64 arch_capabilities = 0;
 
     /// What CPUID gives for leaf/subleaf on vCPU `apic_id`; topology and XSAVE sizes that depend on
     /// the running CPU (XCR0, OSXSAVE) are the engine's to patch. Unknown leaves give zeros.
@@ -35,7 +38,8 @@ struct CpuidPolicy {
 /// What the host's CPU and kernel let user-mode code use.
 FeatureSet host_features();
 
-/// The name of a feature as Linux spells it in /proc/cpuinfo ("sse4_2"); "" for those without one.
+/// The name of a feature as Linux spells it in /proc/cpuinfo ("sse4_2"), or in its source when it
+/// is not shown there ("amd_ibpb"); "" for those that no single bit shows.
 std::string_view feature_name(Feature feature);
 
 /// IA32_ARCH_CAPABILITIES of a vCPU with kNotVulnerable (Intel vendor): RDCL_NO, IBRS_ALL, SSB_NO,
@@ -45,10 +49,20 @@ inline constexpr u64 kArchCapabilities = bit(0) | bit(1) | bit(4) | bit(5) | bit
                                          bit(13) | bit(14) | bit(15) | bit(20) | bit(24) | bit(26) |
                                          bit(27) | bit(62);
 
+/// What else the policy depends on.
+struct CpuidOptions {
+    u8 physical_bits = 40;      ///< at most: guest-physical addresses
+    u64 arch_capabilities = 0;  ///< of the CPU that the guest runs on
+    /// Features by feature_name(), taken from the model or added to it.
+    std::vector<std::pair<std::string, bool>> changes;
+};
+
 /// model: "host" (all the engine has), "baseline", "x86-64-v2", "x86-64-v3". `implemented` is what
 /// the engine offers; the result is never more than that and the host (except bits that need no
-/// host). Throws ConfigError for an unknown model or one the host cannot give.
+/// host). The named models have the same instructions everywhere; features without instructions
+/// follow the engine with every model. Throws ConfigError ("cpu_model", "cpu_features", "cpus") for
+/// an unknown model or feature, and for one that engine or host cannot give.
 CpuidPolicy make_cpuid_policy(std::string_view model, const FeatureSet& implemented, u32 cpus,
-                              u64 tsc_khz);
+                              u64 tsc_khz, const CpuidOptions& options = {});
 
 }  // namespace polyvisor

@@ -93,6 +93,10 @@ struct EngineOffer {
     u64 native_tsc_khz = 0;  ///< the TSC frequency it has without effort; 0: any
     bool tsc_scaling = true;
     bool irqchip = false;  ///< it can run interrupt chips itself (kSplit, kKernel)
+    /// More features, when the engine plays the local APICs.
+    FeatureSet irqchip_features = FeatureSet{};
+    u8 physical_bits = 40;      ///< of guest-physical addresses
+    u64 arch_capabilities = 0;  ///< see CpuidOptions
 };
 
 /// Everything an engine is given. The references outlive it.

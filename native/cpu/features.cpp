@@ -14,6 +14,8 @@ using F = Feature;
 using R = FeatureBit::Register;
 constexpr bool kHost = true;   // guest instructions run as the host's own
 constexpr bool kOurs = false;  // wholly emulated
+constexpr auto kIntel = FeatureBit::kIntelOnly;
+constexpr auto kAmd = FeatureBit::kAmdOnly;
 
 constexpr FeatureBit kBits[] = {
     {F::kVme, 1, 0, R::kEdx, 1, kOurs, "vme"},
@@ -94,6 +96,42 @@ constexpr FeatureBit kBits[] = {
     {F::kPage1Gb, 0x80000001, 0, R::kEdx, 26, kOurs, "pdpe1gb"},
     {F::kRdtscp, 0x80000001, 0, R::kEdx, 27, kOurs, "rdtscp"},
     {F::kLongMode, 0x80000001, 0, R::kEdx, 29, kOurs, "lm"},
+    // The kernel shows few of these in /proc/cpuinfo; the other names are its constants'.
+    {F::kMdClear, 7, 0, R::kEdx, 10, kOurs, "md_clear", kIntel},
+    {F::kSpecCtrl, 7, 0, R::kEdx, 26, kOurs, "spec_ctrl", kIntel},
+    {F::kIntelStibp, 7, 0, R::kEdx, 27, kOurs, "intel_stibp", kIntel},
+    {F::kFlushL1d, 7, 0, R::kEdx, 28, kOurs, "flush_l1d", kIntel},
+    {F::kArchCapabilities, 7, 0, R::kEdx, 29, kOurs, "arch_capabilities"},
+    {F::kSsbd, 7, 0, R::kEdx, 31, kOurs, "spec_ctrl_ssbd", kIntel},
+    {F::kPsfd, 7, 2, R::kEdx, 0, kOurs, "intel_psfd", kIntel},
+    {F::kIpredCtrl, 7, 2, R::kEdx, 1, kOurs, "ipred_ctrl", kIntel},
+    {F::kRrsbaCtrl, 7, 2, R::kEdx, 2, kOurs, "rrsba_ctrl", kIntel},
+    {F::kBhiCtrl, 7, 2, R::kEdx, 4, kOurs, "bhi_ctrl", kIntel},
+    {F::kMcdtNo, 7, 2, R::kEdx, 5, kOurs, "mcdt_no", kIntel},
+    {F::kXsaveErrorPointers, 0x80000008, 0, R::kEbx, 2, kOurs, "xsaveerptr", kAmd},
+    {F::kAmdIbpb, 0x80000008, 0, R::kEbx, 12, kOurs, "amd_ibpb", kAmd},
+    {F::kAmdIbrs, 0x80000008, 0, R::kEbx, 14, kOurs, "amd_ibrs", kAmd},
+    {F::kAmdStibp, 0x80000008, 0, R::kEbx, 15, kOurs, "amd_stibp", kAmd},
+    {F::kAmdStibpAlwaysOn, 0x80000008, 0, R::kEbx, 17, kOurs, "amd_stibp_always_on", kAmd},
+    {F::kAmdIbrsSameMode, 0x80000008, 0, R::kEbx, 19, kOurs, "amd_ibrs_same_mode", kAmd},
+    {F::kAmdSsbd, 0x80000008, 0, R::kEbx, 24, kOurs, "amd_ssbd", kAmd},
+    {F::kAmdSsbNo, 0x80000008, 0, R::kEbx, 26, kOurs, "amd_ssb_no", kAmd},
+    {F::kAmdPsfd, 0x80000008, 0, R::kEbx, 28, kOurs, "amd_psfd", kAmd},
+    {F::kBtcNo, 0x80000008, 0, R::kEbx, 29, kOurs, "btc_no", kAmd},
+    {F::kIbpbRet, 0x80000008, 0, R::kEbx, 30, kOurs, "ibpb_ret", kAmd},
+    {F::kLfenceSerializing, 0x80000021, 0, R::kEax, 2, kOurs, "lfence_rdtsc", kAmd},
+    {F::kVerwClear, 0x80000021, 0, R::kEax, 5, kOurs, "verw_clear", kAmd},
+    {F::kNullClearsBase, 0x80000021, 0, R::kEax, 6, kOurs, "null_sel_clr_base", kAmd},
+    {F::kAutoIbrs, 0x80000021, 0, R::kEax, 8, kOurs, "autoibrs", kAmd},
+    {F::kSbpb, 0x80000021, 0, R::kEax, 27, kOurs, "sbpb", kAmd},
+    {F::kIbpbBrtype, 0x80000021, 0, R::kEax, 28, kOurs, "ibpb_brtype", kAmd},
+    {F::kSrsoNo, 0x80000021, 0, R::kEax, 29, kOurs, "srso_no", kAmd},
+    {F::kSrsoUserKernelNo, 0x80000021, 0, R::kEax, 30, kOurs, "srso_user_kernel_no", kAmd},
+    {F::kTsaSqNo, 0x80000021, 0, R::kEcx, 1, kOurs, "tsa_sq_no", kAmd},
+    {F::kTsaL1No, 0x80000021, 0, R::kEcx, 2, kOurs, "tsa_l1_no", kAmd},
+    // KVM's own leaf; the names are QEMU's.
+    {F::kPvUnhalt, kKvmFeatureLeaf, 0, R::kEax, 7, kOurs, "kvm_pv_unhalt"},
+    {F::kPvIpi, kKvmFeatureLeaf, 0, R::kEax, 11, kOurs, "kvm_pv_ipi"},
     // No bit of their own.
     {F::kHypercall, 0, 0, R::kEax, FeatureBit::kNoBit, kOurs, ""},
     {F::kNotVulnerable, 0, 0, R::kEax, FeatureBit::kNoBit, kOurs, ""},
@@ -121,7 +159,7 @@ std::span<const FeatureBit> feature_bits() {
 FeatureSet host_features() {
     FeatureSet set;
     for (const FeatureBit& row : kBits) {
-        if (row.bit == FeatureBit::kNoBit) continue;
+        if (row.bit == FeatureBit::kNoBit || row.leaf == kKvmFeatureLeaf) continue;
         unsigned r[4]{};
         if (__get_cpuid_count(row.leaf, row.subleaf, &r[0], &r[1], &r[2], &r[3])) {
             set.set(row.feature, r[row.reg] >> row.bit & 1);
@@ -131,6 +169,13 @@ FeatureSet host_features() {
         for (F f : {F::kAvx, F::kAvx2, F::kFma, F::kF16c, F::kVaes, F::kVpclmul}) set.set(f, false);
     }
     return set;
+}
+
+const FeatureBit* find_feature(std::string_view name) {
+    for (const FeatureBit& row : kBits) {
+        if (!name.empty() && row.name == name) return &row;
+    }
+    return nullptr;
 }
 
 std::string_view feature_name(Feature feature) {

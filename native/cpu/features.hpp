@@ -89,6 +89,44 @@ enum class Feature : u8 {
     kMca,
     kNotVulnerable,  ///< guest code never speculates: CPUID and MSRs deny every such vulnerability
     kKvmClock,  ///< the engine serves the KVM clock MSRs itself: the hypervisor leaves offer them
+    // What a guest on a CPU that speculates defends itself with, and what it need not defend itself
+    // against. Only engines on hardware have them; kNotVulnerable stands for them elsewhere.
+    kSpecCtrl,  ///< Intel's IBRS and IBPB: MSRs SPEC_CTRL and PRED_CMD
+    kIntelStibp,
+    kSsbd,
+    kPsfd,
+    kIpredCtrl,
+    kRrsbaCtrl,
+    kBhiCtrl,
+    kMcdtNo,
+    kMdClear,
+    kFlushL1d,
+    kArchCapabilities,  ///< MSR IA32_ARCH_CAPABILITIES, CpuidPolicy::arch_capabilities
+    kAmdIbpb,
+    kAmdIbrs,
+    kAmdStibp,
+    kAmdStibpAlwaysOn,
+    kAmdIbrsSameMode,
+    kAmdSsbd,
+    kAmdSsbNo,
+    kAmdPsfd,
+    kBtcNo,
+    kIbpbRet,
+    kVerwClear,
+    kAutoIbrs,
+    kSbpb,
+    kIbpbBrtype,
+    kSrsoNo,
+    kSrsoUserKernelNo,
+    kTsaSqNo,
+    kTsaL1No,
+    // AMD CPUs since Zen, and the soft engine.
+    kXsaveErrorPointers,  ///< FXSAVE and XSAVE always store the x87 error pointers
+    kLfenceSerializing,   ///< LFENCE always waits for what is before it
+    kNullClearsBase,      ///< loading a null selector clears the segment's base
+    // KVM's paravirtual calls that need its own local APIC, and no state of their own.
+    kPvUnhalt,
+    kPvIpi,
     kCount
 };
 static_assert(static_cast<unsigned>(Feature::kCount) <= 128);
@@ -108,6 +146,11 @@ class FeatureSet {
     constexpr FeatureSet operator&(const FeatureSet& other) const {
         FeatureSet result;
         for (int i = 0; i < 2; ++i) result.words_[i] = words_[i] & other.words_[i];
+        return result;
+    }
+    constexpr FeatureSet operator|(const FeatureSet& other) const {
+        FeatureSet result;
+        for (int i = 0; i < 2; ++i) result.words_[i] = words_[i] | other.words_[i];
         return result;
     }
     constexpr bool operator==(const FeatureSet&) const = default;

@@ -3,6 +3,7 @@
 // KVM_GET_SUPPORTED_CPUID is what the host's CPU and KVM can do together, and most of it is taken
 // as it is, by the same table of bits that the policy is made with. What it does not tell, or not
 // as is needed here, is asked and decided in make_offer().
+#include <algorithm>
 #include <cstdio>
 
 #include "base/error.hpp"
@@ -19,6 +20,7 @@ using F = Feature;
 // MSRs of the KVM clock: the newer pair, which the hypervisor leaves offer.
 constexpr u32 kClockSource2 = 1u << 3;
 constexpr u32 kPhysicalBitsLeaf = 0x80000008;
+constexpr u32 kArchCapabilitiesMsr = 0x10a;
 
 bool offered(const System& system, const FeatureBit& row) {
     return row.bit != FeatureBit::kNoBit &&
@@ -38,6 +40,15 @@ EngineOffer make_offer(const System& system) {
     offer.features.set(F::kArat);
     offer.features.set(F::kHypercall);
     offer.features.set(F::kKvmClock, system.supported(0x40000001, 0, 0) & kClockSource2);
+    for (F f : {F::kPvUnhalt, F::kPvIpi}) {
+        offer.irqchip_features.set(f, offer.features.has(f));
+        offer.features.set(f, false);
+    }
+    u32 physical_bits = system.supported(kPhysicalBitsLeaf, 0, 0) & 0xff;
+    if (physical_bits != 0) offer.physical_bits = static_cast<u8>(std::min(physical_bits, 52u));
+    if (offer.features.has(F::kArchCapabilities)) {
+        offer.arch_capabilities = system.feature_msr(kArchCapabilitiesMsr);
+    }
     offer.native_tsc_khz = system.tsc_khz();
     offer.tsc_scaling = system.check(KVM_CAP_TSC_CONTROL) > 0;
     offer.irqchip = system.check(KVM_CAP_IRQCHIP) > 0 && system.check(KVM_CAP_PIT2) > 0 &&
@@ -68,6 +79,12 @@ std::vector<kvm_cpuid_entry2> make_cpuid(const CpuidPolicy& policy, const System
         entry.ecx = leaf.ecx;
         entry.edx = leaf.edx;
         entries.push_back(entry);
+    }
+    if (policy.features.has(F::kNotVulnerable)) {
+        throw ConfigError("cpu_model",
+                          "the machine's CPU claims to be immune to speculation attacks, as only "
+                          "engine soft can make it; make the machine with portable=True to move it "
+                          "between engines");
     }
     for (const FeatureBit& row : feature_bits()) {
         if (row.bit == FeatureBit::kNoBit || !policy.features.has(row.feature)) continue;

@@ -189,6 +189,10 @@ FeatureSet implemented_features() {
           Feature::kFsrm,      Feature::kNotVulnerable, Feature::kKvmClock, Feature::kHypercall}) {
         set.set(feature);
     }
+    for (Feature feature :
+         {Feature::kXsaveErrorPointers, Feature::kLfenceSerializing, Feature::kNullClearsBase}) {
+        set.set(feature);
+    }
     set.set(Feature::kPku, false);
     set.set(Feature::kMonitor, false);  // the rows are there for policies that add it
     return set;

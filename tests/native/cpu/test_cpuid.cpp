@@ -15,12 +15,25 @@ using namespace polyvisor;
 
 namespace {
 
+// Of an engine in software: nothing of what real hardware needs to defend itself.
 FeatureSet all() {
+    FeatureSet set;
+    for (unsigned n = 0; n < static_cast<unsigned>(Feature::kSpecCtrl); ++n) {
+        set.set(static_cast<Feature>(n));
+    }
+    for (Feature f :
+         {Feature::kXsaveErrorPointers, Feature::kLfenceSerializing, Feature::kNullClearsBase}) {
+        set.set(f);
+    }
+    return set;
+}
+
+FeatureSet all_of_hardware() {
     FeatureSet set;
     for (unsigned n = 0; n < static_cast<unsigned>(Feature::kCount); ++n) {
         set.set(static_cast<Feature>(n));
     }
-    return set;
+    return set.set(Feature::kNotVulnerable, false);
 }
 
 bool shown(const CpuidPolicy& p, const FeatureBit& row) {
@@ -32,12 +45,16 @@ bool shown(const CpuidPolicy& p, const FeatureBit& row) {
 // CPUID shows a feature exactly when the policy has it, and never what the host lacks.
 void bits_follow_features() {
     FeatureSet host = host_features();
-    for (const char* model : {"host", "baseline", "x86-64-v2"}) {
-        CpuidPolicy p = make_cpuid_policy(model, all(), 2, 1'000'000);
-        for (const FeatureBit& row : feature_bits()) {
-            if (row.bit == FeatureBit::kNoBit || row.feature == Feature::k3dnowPrefetch) continue;
-            CHECK_EQ(shown(p, row), p.features.has(row.feature));
-            if (row.needs_host && !host.has(row.feature)) CHECK(!p.features.has(row.feature));
+    for (const FeatureSet& engine : {all(), all_of_hardware()}) {
+        for (const char* model : {"host", "baseline", "x86-64-v2"}) {
+            CpuidPolicy p = make_cpuid_policy(model, engine, 2, 1'000'000);
+            for (const FeatureBit& row : feature_bits()) {
+                if (row.bit == FeatureBit::kNoBit || row.feature == Feature::k3dnowPrefetch) {
+                    continue;
+                }
+                CHECK_EQ(shown(p, row), p.features.has(row.feature));
+                if (row.needs_host && !host.has(row.feature)) CHECK(!p.features.has(row.feature));
+            }
         }
     }
     // Nothing implemented: nothing shown but what every x86-64 CPU without features has.
@@ -145,6 +162,79 @@ void not_vulnerable() {
     }
 }
 
+// On hardware a guest is told what the hardware is immune to, and given what it defends itself
+// with; of the other vendor's bits it gets none.
+void controls_of_hardware() {
+    CpuidOptions options;
+    options.arch_capabilities = 0x1234;
+    CpuidPolicy p = make_cpuid_policy("host", all_of_hardware(), 1, 1'000'000, options);
+    CHECK(p.features.has(Feature::kArchCapabilities));
+    CHECK_EQ(p.arch_capabilities, 0x1234u);
+    CHECK_EQ(p.features.has(Feature::kSpecCtrl), p.intel);
+    CHECK_EQ(p.features.has(Feature::kAmdIbrs), !p.intel);
+    CHECK_EQ(p.find(7, 0, 0).eax, p.intel ? 2u : 0u);  // the last subleaf
+    CHECK_EQ(p.find(7, 2, 0).edx != 0, p.intel);
+    for (const char* model : {"host", "baseline"}) {
+        p = make_cpuid_policy(model, FeatureSet(all()).set(Feature::kNotVulnerable, false), 1,
+                              1'000'000, options);
+        CHECK_EQ(p.arch_capabilities, 0u);
+        CHECK(!p.features.has(Feature::kArchCapabilities));
+        CHECK_EQ(p.find(0x80000008, 0, 0).ebx & ~4u, 0u);  // the x87 error pointers alone
+    }
+    // The software's own immunities are its own, whatever the hardware has.
+    p = make_cpuid_policy("host", all(), 1, 1'000'000, options);
+    CHECK_EQ(p.arch_capabilities, p.intel ? kArchCapabilities : 0);
+}
+
+std::string refusal(const char* model, const FeatureSet& engine,
+                    std::vector<std::pair<std::string, bool>> changes) {
+    CpuidOptions options;
+    options.changes = std::move(changes);
+    try {
+        make_cpuid_policy(model, engine, 1, 1'000'000, options);
+    } catch (const ConfigError& error) {
+        CHECK_EQ(error.field, std::string("cpu_features"));
+        return error.what();
+    }
+    return "";
+}
+
+void changes() {
+    CpuidOptions options;
+    options.changes = {{"sse4_2", false}, {"3dnowprefetch", false}};
+    CpuidPolicy p = make_cpuid_policy("host", all(), 1, 1'000'000, options);
+    CHECK(!p.features.has(Feature::kSse42) && p.features.has(Feature::kSse41));
+    CHECK(!p.features.has(Feature::kPrefetchw) && !p.features.has(Feature::k3dnowPrefetch));
+    CHECK_EQ(p.find(1, 0, 0).ecx >> 20 & 1, 0u);
+    // What depends on it goes with it.
+    options.changes = {{"xsave", false}};
+    p = make_cpuid_policy("host", all(), 1, 1'000'000, options);
+    CHECK(!p.features.has(Feature::kAvx) && !p.features.has(Feature::kXsaveopt));
+    CHECK_EQ(p.find(0xd, 0, 0).eax, 0u);
+    // One may be added to a model that has less than the host.
+    options.changes = {{"popcnt", true}};
+    p = make_cpuid_policy("baseline", all(), 1, 1'000'000, options);
+    CHECK(p.features.has(Feature::kPopcnt) && !p.features.has(Feature::kSse42));
+
+    CHECK(refusal("host", all(), {{"warp", true}}).find("\"warp\"") != std::string::npos);
+    CHECK(refusal("host", all(), {{"", false}}) != "");
+    FeatureSet engine = all();
+    engine.set(Feature::kSse42, false);
+    CHECK(refusal("baseline", engine, {{"sse4_2", true}}).find("sse4_2") != std::string::npos);
+    CHECK(refusal("baseline", all(), {{"avx", true}}) != "");  // without XSAVE
+}
+
+void physical_bits() {
+    CpuidOptions options;
+    options.physical_bits = 39;
+    CpuidPolicy p = make_cpuid_policy("host", all(), 1, 1'000'000, options);
+    CHECK_EQ(p.physical_bits, 39);
+    CHECK_EQ(p.find(0x80000008, 0, 0).eax & 0xff, 39u);
+    options.physical_bits = 52;  // more than a machine's devices are placed for
+    p = make_cpuid_policy("host", all(), 1, 1'000'000, options);
+    CHECK_EQ(p.physical_bits, 40);
+}
+
 void unknown_leaves() {
     CpuidPolicy p = make_cpuid_policy("host", all(), 1, 1'000'000);
     CpuidLeaf l = p.find(0x12345678, 0, 7);
@@ -163,6 +253,9 @@ int main() {
     topology();
     clocks_and_hypervisor();
     not_vulnerable();
+    controls_of_hardware();
+    changes();
+    physical_bits();
     unknown_leaves();
     return pvtest::finish("test_cpuid");
 }

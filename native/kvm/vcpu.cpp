@@ -116,6 +116,7 @@ bool KvmVcpu::take_requests(Exit& exit) {
     }
     if (bits & kInterrupt) interrupt_waiting_ = true;
     if (bits & kStop) {
+        debug_.leave();
         exit = {};
         return true;
     }
@@ -169,6 +170,10 @@ bool KvmVcpu::wait_while_halted(Exit& exit) {
 // can take it.
 void KvmVcpu::inject() {
     if (user_lapic()) run_->cr8 = cr8_ = lapic_->cr8();
+    if (PV_UNLIKELY(debug_.stepping())) {  // interrupts wait
+        run_->request_interrupt_window = 0;
+        return;
+    }
     if (!interrupt_waiting_) return;
     if (!lapic_->pending()) {
         interrupt_waiting_ = false;
@@ -199,6 +204,10 @@ Exit KvmVcpu::run() {
         if (PV_UNLIKELY(requests_.load(std::memory_order_relaxed) != 0)) {
             if (take_requests(exit)) return exit;
         }
+        if (PV_UNLIKELY(held_exit_.has_value())) {
+            exit = *std::exchange(held_exit_, std::nullopt);
+            return exit;
+        }
         if (PV_UNLIKELY(activity_ != Activity::kRunning)) {
             if (activity_ == Activity::kShutdown) {
                 exit.reason = ExitReason::kShutdown;
@@ -208,6 +217,7 @@ Exit KvmVcpu::run() {
             if (wait_while_halted(exit)) return exit;
             continue;
         }
+        if (PV_UNLIKELY(debug_.active())) debug_.before_entry();
         if (lapic_ != nullptr) inject();
         int result = ::ioctl(fd(), KVM_RUN, 0);
         incomplete_ = false;
@@ -229,7 +239,9 @@ Exit KvmVcpu::run() {
             interrupt_waiting_ = true;
         }
         if (reason == KVM_EXIT_INTR) continue;
-        if (handle(exit) == Then::kReturn) {
+        Then then = handle(exit);
+        if (PV_UNLIKELY(debug_.stepping())) then = end_step(then, exit);
+        if (then == Then::kReturn) {
             complete();
             return exit;
         }
@@ -246,10 +258,26 @@ void KvmVcpu::complete() {
         int result = ::ioctl(fd(), KVM_RUN, 0);
         incomplete_ = false;
         if (result < 0) break;
-        Exit ignored;  // an unclaimed access was noted already
-        handle(ignored);
+        Exit later;  // an unclaimed access was noted already
+        if (handle(later) == Then::kReturn && later.reason == ExitReason::kDebug) {
+            held_exit_ = std::move(later);
+        }
     }
     if (requests_.load() == 0) set_immediate_exit(*run_, 0);
+}
+
+// While single-stepping: an access that was served is completed at once, which may end the step.
+KvmVcpu::Then KvmVcpu::end_step(Then then, Exit& exit) {
+    complete();
+    Exit step;
+    if (debug_.step_finished(step)) held_exit_ = std::move(step);
+    if (then == Then::kReturn) {
+        debug_.leave();
+    } else if (held_exit_) {
+        exit = *std::exchange(held_exit_, std::nullopt);
+        then = Then::kReturn;
+    }
+    return then;
 }
 
 // --- Time ----------------------------------------------------------------------------------------
@@ -313,6 +341,7 @@ void KvmVcpu::restore(const CpuState& state) {
     clock_generation_ = 0;  // KVM is told when the vCPU next runs
     run_->if_flag = (state.rflags & kInterruptFlag) != 0;
     run_->ready_for_interrupt_injection = 0;
+    held_exit_.reset();
     interrupt_waiting_ = lapic_ != nullptr;  // look once
     run_->request_interrupt_window = interrupt_waiting_;
     halt_reported_ = false;

@@ -7,10 +7,12 @@
 #include <array>
 #include <condition_variable>
 #include <mutex>
+#include <optional>
 
 #include "base/fd.hpp"
 #include "base/mapping.hpp"
 #include "cpu/engine.hpp"
+#include "kvm/debug.hpp"
 #include "kvm/vm.hpp"
 
 namespace polyvisor::kvm {
@@ -41,6 +43,7 @@ class KvmVcpu final : public Vcpu {
     int fd() const { return fd_.get(); }
     kvm_run& shared() const { return *run_; }
     LocalInterrupts* lapic() const { return lapic_; }
+    VcpuDebug& debug() { return debug_; }
     /// The vCPU's CPUID, as KVM has it.
     const std::vector<kvm_cpuid_entry2>& cpuid() const { return cpuid_; }
     /// True when no local APIC of KVM's delivers interrupts.
@@ -63,6 +66,7 @@ class KvmVcpu final : public Vcpu {
     void enter_init();
     void enter_sipi(u8 vector);
     void complete();
+    Then end_step(Then then, Exit& exit);
 
     // exits.cpp
     Then handle(Exit& exit);
@@ -93,7 +97,8 @@ class KvmVcpu final : public Vcpu {
     bool incomplete_ = false;  // KVM has to finish an instruction whose access we served
     u8 cr8_ = 0;               // as our local APIC last heard
     bool interrupt_waiting_ = false;
-    GuestDebug debug_;
+    VcpuDebug debug_{*this};
+    std::optional<Exit> held_exit_;  // a step that ended while an access was completed
     u64 clock_generation_ = 0;
     bool tsc_attribute_ = false;  // KVM_VCPU_TSC_OFFSET: kernels since 5.16
     u64 tsc_offset_ = 0;          // CpuState.msr.tsc_offset, less what the guest added since

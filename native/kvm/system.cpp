@@ -70,37 +70,26 @@ OwnedFd open_device(const std::string& path) {
     }
 }
 
-/// A kernel structure that ends in an array, whose length only the kernel knows.
-template <class Head, class Entry>
-class Listing {
-  public:
-    explicit Listing(std::size_t entries)
-        : bytes_((sizeof(Head) + entries * sizeof(Entry) + sizeof(u64) - 1) / sizeof(u64)) {}
-    Head* get() { return reinterpret_cast<Head*>(bytes_.data()); }
-
-  private:
-    std::vector<u64> bytes_;
-};
-
 std::vector<kvm_cpuid_entry2> read_cpuid(int fd) {
     for (u32 room = 128;; room *= 2) {
-        Listing<kvm_cpuid2, kvm_cpuid_entry2> list(room);
-        list.get()->nent = room;
-        int result = try_ioctl(fd, KVM_GET_SUPPORTED_CPUID, list.get());
+        WithEntries<kvm_cpuid2> list(room);
+        list->nent = room;
+        int result = try_ioctl(fd, KVM_GET_SUPPORTED_CPUID, list.head());
         if (result == -E2BIG && room < 1 << 16) continue;
         if (result < 0) throw_ioctl(KVM_GET_SUPPORTED_CPUID, -result);
-        return {list.get()->entries, list.get()->entries + list.get()->nent};
+        return {list->entries, list->entries + list->nent};
     }
 }
 
 std::vector<u32> read_msrs(int fd) {
     for (u32 room = 512;; room *= 2) {
-        Listing<kvm_msr_list, u32> list(room);
-        list.get()->nmsrs = room;
-        int result = try_ioctl(fd, KVM_GET_MSR_INDEX_LIST, list.get());
+        std::vector<u32> msrs(1 + room);  // struct kvm_msr_list: how many, then they
+        msrs[0] = room;
+        int result = try_ioctl(fd, KVM_GET_MSR_INDEX_LIST, msrs.data());
         if (result == -E2BIG && room < 1 << 16) continue;
         if (result < 0) throw_ioctl(KVM_GET_MSR_INDEX_LIST, -result);
-        std::vector<u32> msrs(list.get()->indices, list.get()->indices + list.get()->nmsrs);
+        msrs.resize(1 + msrs[0]);
+        msrs.erase(msrs.begin());
         std::sort(msrs.begin(), msrs.end());
         return msrs;
     }
@@ -128,10 +117,10 @@ bool try_xsetbv(const System& system, int vm) {
     Mapping shared(vcpu.get(), 0, system.vcpu_mmap_size());
 
     const auto& leaves = system.supported_cpuid();
-    Listing<kvm_cpuid2, kvm_cpuid_entry2> cpuid(leaves.size());
-    cpuid.get()->nent = static_cast<u32>(leaves.size());
-    std::copy(leaves.begin(), leaves.end(), cpuid.get()->entries);
-    call_ioctl(vcpu.get(), KVM_SET_CPUID2, cpuid.get());
+    WithEntries<kvm_cpuid2> cpuid(leaves.size());
+    cpuid->nent = static_cast<u32>(leaves.size());
+    std::copy(leaves.begin(), leaves.end(), cpuid->entries);
+    call_ioctl(vcpu.get(), KVM_SET_CPUID2, cpuid.head());
     kvm_sregs sregs{};
     call_ioctl(vcpu.get(), KVM_GET_SREGS, &sregs);
     sregs.cs.base = 0;
@@ -197,10 +186,10 @@ bool System::has_msr(u32 index) const {
 
 u64 System::feature_msr(u32 index) const {
     if (check(KVM_CAP_GET_MSR_FEATURES) == 0) return 0;
-    Listing<kvm_msrs, kvm_msr_entry> list(1);
-    list.get()->nmsrs = 1;
-    list.get()->entries[0].index = index;
-    return try_ioctl(fd(), KVM_GET_MSRS, list.get()) == 1 ? list.get()->entries[0].data : 0;
+    WithEntries<kvm_msrs> list(1);
+    list->nmsrs = 1;
+    list->entries[0].index = index;
+    return try_ioctl(fd(), KVM_GET_MSRS, list.head()) == 1 ? list->entries[0].data : 0;
 }
 
 OwnedFd System::new_vm() const {

@@ -17,14 +17,10 @@ namespace {
 constexpr u64 kIdentityMap = 0xfeff'c000;
 constexpr u64 kTss = kIdentityMap + kPageSize;
 
-OwnedFd create_vm(const System& system) {
-    return OwnedFd(call_ioctl(system.fd(), KVM_CREATE_VM, 0L));
-}
-
 }  // namespace
 
 Vm::Vm(std::shared_ptr<const System> system, const EngineConfig& config)
-    : system_(std::move(system)), config_(config), pid_(::getpid()), fd_(create_vm(*system_)) {
+    : system_(std::move(system)), config_(config), pid_(::getpid()), fd_(system_->create_vm()) {
     int most = check(KVM_CAP_MAX_VCPUS);
     if (config_.cpus > static_cast<u32>(most)) {
         throw ConfigError("cpus", "this host's KVM runs at most " + std::to_string(most) +

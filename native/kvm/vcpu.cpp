@@ -19,6 +19,7 @@ namespace {
 constexpr u64 kInterruptFlag = bit(9);
 // What both engines' guests see of machine checks: ten banks that never report any.
 constexpr u64 kMceBanks = 10;
+constexpr u32 kArchCapabilitiesMsr = 0x10a;
 
 void set_immediate_exit(kvm_run& run, u8 on) {
     std::atomic_ref<u8>(run.immediate_exit).store(on, std::memory_order_seq_cst);
@@ -54,6 +55,13 @@ KvmVcpu::KvmVcpu(Vm& vm, u32 id, LocalInterrupts* lapic)
     cpuid->nent = static_cast<u32>(cpuid_.size());
     std::copy(cpuid_.begin(), cpuid_.end(), cpuid->entries);
     call_ioctl(fd(), KVM_SET_CPUID2, cpuid.head());
+    if (vm.config().cpuid.features.has(Feature::kArchCapabilities)) {
+        WithEntries<kvm_msrs> msrs(1);
+        msrs->nmsrs = 1;
+        msrs->entries[0].index = kArchCapabilitiesMsr;
+        msrs->entries[0].data = vm.config().cpuid.arch_capabilities;
+        call_ioctl(fd(), KVM_SET_MSRS, msrs.head());
+    }
 
     u64 host_khz = static_cast<u64>(call_ioctl(fd(), KVM_GET_TSC_KHZ, 0L));
     u64 khz = vm_.config().clock.tsc_khz();

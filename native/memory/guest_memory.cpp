@@ -53,7 +53,8 @@ GuestMemory::Region& GuestMemory::add(Gpa start, u64 size, std::string name, boo
         throw_errno("cannot size guest memory to " + std::to_string(size) + " bytes");
     }
     region->mapping = Mapping(region->fd.get(), 0, size);
-    region->page_flags = std::make_unique<std::atomic<u8>[]>(size >> kPageShift);
+    region->page_flags = std::make_unique<std::atomic<u8>[]>(region->pages());
+    region->dirty = std::make_unique<std::atomic<u64>[]>(region->bitmap_words());
     auto at = std::find_if(regions_.begin(), regions_.end(),
                            [&](const auto& other) { return other->start > start; });
     return **regions_.insert(at, std::move(region));
@@ -120,16 +121,47 @@ void GuestMemory::write(Gpa gpa, std::span<const u8> from) {
 }
 
 void GuestMemory::note_write(Gpa gpa, u64 size) {
+    if (size == 0) return;
+    u64 last = std::max(gpa.value, gpa.value + size - 1);
+    for (const auto& region : regions_) {
+        u64 from = std::max(gpa.value, region->start.value);
+        u64 to = std::min(last, region->start.value + region->size - 1);
+        if (from <= to) region->mark_dirty(from, to - from + 1);
+    }
+    recheck_code(gpa, size);
+}
+
+void GuestMemory::recheck_code(Gpa gpa, u64 size) const {
     if (!observer_ || size == 0) return;
     const Region* region = nullptr;
     u64 first = align_down(gpa.value, kPageSize);
     for (u64 page = first; page - first < size + (gpa.value - first); page += kPageSize) {
         if (region == nullptr || !region->contains(page)) region = find(Gpa(page));
         if (region == nullptr) continue;
-        if (region->flags(page).load(std::memory_order_relaxed) & kPageWriteTraps) {
+        if (region->flags(page).load(std::memory_order_relaxed) & kPageCode) {
             u64 from = std::max(page, gpa.value);
             observer_(Gpa(from), std::min(page + kPageSize, gpa.value + size) - from);
         }
+    }
+}
+
+// The read-modify-write is wanted even for a bit that is set: who takes the bit just before it sees
+// the stores too, and who takes it after sees the bit.
+void GuestMemory::Region::mark_dirty(u64 gpa, u64 bytes) const {
+    u64 first = (gpa - start.value) >> kPageShift;
+    u64 last = (gpa - start.value + bytes - 1) >> kPageShift;
+    for (u64 word = first / 64; word <= last / 64; ++word) {
+        u64 mask = ~u64{0};
+        if (word == first / 64) mask &= ~u64{0} << (first % 64);
+        if (word == last / 64) mask &= ~u64{0} >> (63 - last % 64);
+        dirty[word].fetch_or(mask);
+    }
+}
+
+void GuestMemory::Region::take_dirty(std::span<u64> bitmap) const {
+    for (u64 word = 0; word < bitmap_words(); ++word) {
+        if (dirty[word].load(std::memory_order_relaxed) != 0)
+            bitmap[word] |= dirty[word].exchange(0);
     }
 }
 

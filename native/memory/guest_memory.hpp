@@ -4,9 +4,13 @@
 // host addresses inside it are stable for the life of the GuestMemory. Everything a guest can
 // influence goes through span()/read()/write(), which check the bounds once.
 //
-// Each page has a flags byte (PageFlags) that the engines and the dirty log share. The soft
+// Each page has a flags byte (PageFlags) that the soft engine and its dirty log share. The soft
 // engine's stores look at it only on the slow path: a page with any flag of kPageWriteTraps set is
 // never writable through a soft TLB.
+//
+// Each page also has a dirty bit. Stores that come from outside the engine (write(), note_write())
+// set it always, since that costs less than asking whether somebody wants to know; an engine's
+// DirtyLog adds what its vCPUs wrote and takes the bits.
 #pragma once
 
 #include <atomic>
@@ -39,12 +43,29 @@ class GuestMemory {
         OwnedFd fd;  ///< memfd; sparse until touched
         Mapping mapping;
         std::unique_ptr<std::atomic<u8>[]> page_flags;  ///< one per page
+        std::unique_ptr<std::atomic<u64>[]> dirty;      ///< one bit per page; see DirtyLog
+
+        u64 pages() const { return size >> kPageShift; }
+        /// Words of `dirty`, and of every bitmap of the region: bit n of word n / 64 is page n.
+        u64 bitmap_words() const { return (pages() + 63) / 64; }
 
         bool contains(u64 gpa) const { return gpa - start.value < size; }
         u8* host(u64 gpa) const { return mapping.data() + (gpa - start.value); }
         std::atomic<u8>& flags(u64 gpa) const {
             return page_flags[(gpa - start.value) >> kPageShift];
         }
+        /// What the first store of a soft vCPU to a page with kPageDirtyTrack does. The order is
+        /// what the log relies on: a page without the flag has its bit, or will have it before the
+        /// vCPU gets to its next instruction.
+        void note_first_store(u64 gpa) const {
+            flags(gpa).fetch_and(static_cast<u8>(~kPageDirtyTrack));
+            mark_dirty(gpa, 1);
+        }
+        /// Sets the dirty bits of [gpa, gpa+size), which lies in the region, after it was stored
+        /// to: a full barrier stands between the stores and the bits.
+        void mark_dirty(u64 gpa, u64 size) const;
+        /// Moves the dirty bits into `bitmap`, where those that are set stay.
+        void take_dirty(std::span<u64> bitmap) const;
     };
 
     GuestMemory() = default;
@@ -67,7 +88,7 @@ class GuestMemory {
 
     /// Copies, also across adjacent regions. Throw MemoryRangeError when some byte is not backed
     /// (then nothing is copied). write() is the host's or a device's store: it ignores read_only,
-    /// and calls the write observer (below) for pages with write traps.
+    /// and does what note_write() does.
     void read(Gpa gpa, std::span<u8> into) const;
     void write(Gpa gpa, std::span<const u8> from);
     template <class T>
@@ -81,12 +102,15 @@ class GuestMemory {
         write(gpa, {reinterpret_cast<const u8*>(&value), sizeof value});
     }
 
-    /// A store that did not come from a vCPU (DMA, the host) to pages with write traps must be told
-    /// to the engine so that it drops translated code. The engine installs this before running.
+    /// A store that did not come from a vCPU (DMA, the host) to pages with code must be told to the
+    /// engine so that it drops what it translated. The engine installs this before running.
     using WriteObserver = std::function<void(Gpa gpa, u64 size)>;
     void set_write_observer(WriteObserver observer) { observer_ = std::move(observer); }
-    /// For code that wrote through span() itself (virtio, memoryviews): reports the range.
+    /// For code that wrote through span() itself (virtio, memoryviews): the range is dirty, and the
+    /// observer hears of the pages with code.
     void note_write(Gpa gpa, u64 size);
+    /// Only the latter: for stores that nobody saw, and that may have been none.
+    void recheck_code(Gpa gpa, u64 size) const;
 
     const std::vector<std::unique_ptr<Region>>& regions() const { return regions_; }
     u64 total_size() const;

@@ -111,9 +111,10 @@ class TableReader {
     bool writable() const { return !hint_->read_only; }
     /// The entry last looked up was changed: lets code caches and the dirty log know.
     void note_write(u64 gpa, u64 size) {
-        if (PV_UNLIKELY(hint_->flags(gpa).load(std::memory_order_relaxed) & kPageWriteTraps)) {
-            memory_.note_write(Gpa(gpa), size);
-        }
+        u8 traps = hint_->flags(gpa).load(std::memory_order_relaxed);
+        if (PV_LIKELY(!(traps & kPageWriteTraps))) return;
+        if (traps & kPageDirtyTrack) hint_->note_first_store(gpa);
+        memory_.recheck_code(Gpa(gpa), size);
     }
     GuestMemory& memory() { return memory_; }
 

@@ -93,6 +93,7 @@ void device_read(VcpuFrame& f, u64 gpa, void* into, u32 size) {
     Environment& env = f.vcpu->env;
     ++f.vcpu->stats.mmio;
     if (env.deterministic) read_tsc(f);  // devices see the time of the instruction
+    OutsideGuest outside(*f.vcpu);
     HostMxcsr usual_mxcsr;
     std::span<u8> data(static_cast<u8*>(into), size);
     if (env.lapic != nullptr && (gpa & ~kPageMask) == env.lapic->mmio_base()) {
@@ -106,6 +107,7 @@ void device_write(VcpuFrame& f, u64 gpa, const void* from, u32 size) {
     Environment& env = f.vcpu->env;
     ++f.vcpu->stats.mmio;
     if (env.deterministic) read_tsc(f);  // devices see the time of the instruction
+    OutsideGuest outside(*f.vcpu);
     HostMxcsr usual_mxcsr;
     std::span<const u8> data(static_cast<const u8*>(from), size);
     if (env.lapic != nullptr && (gpa & ~kPageMask) == env.lapic->mmio_base()) {
@@ -144,9 +146,8 @@ void copy_in(u8* host, const void* from, u32 size) {
 
 // Before or after a store to a page with write traps: tells those who watch the page.
 void note_trapped_store(VcpuFrame& f, const Place& place, u32 size) {
-    auto& flags = place.region->flags(place.gpa);
-    u8 traps = flags.load(std::memory_order_relaxed);
-    if (traps & kPageDirtyTrack) flags.fetch_and(static_cast<u8>(~kPageDirtyTrack));
+    u8 traps = place.region->flags(place.gpa).load(std::memory_order_relaxed);
+    if (traps & kPageDirtyTrack) place.region->note_first_store(place.gpa);
     if (traps & kPageCode) {
         ++f.vcpu->stats.code_stores;
         HostMxcsr usual_mxcsr;

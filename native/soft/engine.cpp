@@ -1,5 +1,6 @@
 #include "soft/engine.hpp"
 
+#include "soft/dirty_log.hpp"
 #include "soft/vcpu.hpp"
 
 namespace polyvisor::soft {
@@ -8,7 +9,7 @@ namespace {
 
 class SoftEngine final : public Engine {
   public:
-    explicit SoftEngine(const EngineConfig& config) : config_(config), pages_(config.memory) {
+    explicit SoftEngine(const EngineConfig& config) : config_(config), pages_(config.memory), dirty_log_(config.memory) {
         config_.memory.set_write_observer(
             [this](Gpa gpa, u64 size) { pages_.stored(nullptr, gpa.value, size); });
     }
@@ -17,12 +18,14 @@ class SoftEngine final : public Engine {
     Caps caps() const override { return {.instruction_budget = true, .deterministic = true}; }
     const char* name() const override { return "soft"; }
     std::unique_ptr<Vcpu> create_vcpu(u32 id, LocalInterrupts* lapic) override {
-        return std::make_unique<SoftVcpu>(config_, pages_, id, lapic);
+        return std::make_unique<SoftVcpu>(config_, pages_, dirty_log_, id, lapic);
     }
+    DirtyLog& dirty_log() override { return dirty_log_; }
 
   private:
     EngineConfig config_;
     CodePages pages_;
+    SoftDirtyLog dirty_log_;
 };
 
 }  // namespace

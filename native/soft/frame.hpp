@@ -91,6 +91,7 @@ enum Request : u32 {
     kRequestStop = 32,
     kRequestInvalidate = 64,  ///< code pages written by somebody else are queued
     kRequestTimer = 128,      ///< deterministic mode: a timer's deadline changed
+    kRequestRearm = 256,      ///< the dirty log has set kPageDirtyTrack somewhere
 };
 
 /// One 256-entry direct-mapped translation cache for one access context. For the page at entry

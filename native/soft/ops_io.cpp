@@ -3,6 +3,7 @@
 #include "soft/bindings.hpp"
 #include "soft/descriptors.hpp"
 #include "soft/host_mxcsr.hpp"
+#include "soft/vcpu.hpp"
 
 namespace polyvisor::soft {
 namespace {
@@ -37,6 +38,7 @@ void sync_time(VcpuFrame& f) {
 u32 read_port(VcpuFrame& f, u16 port, u32 size) {
     sync_time(f);
     if (PV_UNLIKELY(f.dr7 & 0xff)) note_port_breakpoints(f, port, size);
+    OutsideGuest outside(*f.vcpu);
     HostMxcsr usual_mxcsr;
     u32 value = 0;
     environment(f).pio.read(port, {reinterpret_cast<u8*>(&value), size});
@@ -46,6 +48,7 @@ u32 read_port(VcpuFrame& f, u16 port, u32 size) {
 void write_port(VcpuFrame& f, u16 port, u32 size, u32 value) {
     sync_time(f);
     if (PV_UNLIKELY(f.dr7 & 0xff)) note_port_breakpoints(f, port, size);
+    OutsideGuest outside(*f.vcpu);
     HostMxcsr usual_mxcsr;
     environment(f).pio.write(port, {reinterpret_cast<const u8*>(&value), size});
 }

@@ -30,6 +30,10 @@ void clear_tlb_page(VcpuFrame& f, u64 linear) {
     }
 }
 
+void drop_writable(VcpuFrame& f) {
+    for (Tlb& tlb : f.tlb) std::memcpy(tlb.neg_w, kEmpty.data(), sizeof tlb.neg_w);
+}
+
 bool drop_writable_host(VcpuFrame& f, const u8* host_page) {
     bool found = false;
     for (Tlb& tlb : f.tlb) {

@@ -14,6 +14,8 @@ constexpr u64 tlb_invalid(unsigned n) {
 void clear_tlbs(VcpuFrame& f);
 /// Removes the entries of one linear page.
 void clear_tlb_page(VcpuFrame& f, u64 linear);
+/// Makes no entry writable, so that every page's next store takes the slow path.
+void drop_writable(VcpuFrame& f);
 /// Makes no entry writable whose page starts at this host address; true when there was one.
 bool drop_writable_host(VcpuFrame& f, const u8* host_page);
 

@@ -60,7 +60,8 @@ u64 read_tsc(VcpuFrame& f) {
     return clock.tsc() + f.msr.tsc_offset;
 }
 
-SoftVcpu::SoftVcpu(const EngineConfig& config, CodePages& pages, u32 id, LocalInterrupts* lapic)
+SoftVcpu::SoftVcpu(const EngineConfig& config, CodePages& pages, SoftDirtyLog& dirty_log, u32 id,
+                   LocalInterrupts* lapic)
     : env{config.memory,
           config.pio,
           config.mmio,
@@ -74,6 +75,7 @@ SoftVcpu::SoftVcpu(const EngineConfig& config, CodePages& pages, u32 id, LocalIn
           {}},
       tables(config.memory),
       blocks(frame, config.memory, pages),
+      dirty_log_(dirty_log),
       ns_per_1000_(config.ns_per_1000_instructions),
       generic_only_(config.reference) {
     frame.vcpu = this;
@@ -82,9 +84,12 @@ SoftVcpu::SoftVcpu(const EngineConfig& config, CodePages& pages, u32 id, LocalIn
     frame.tlb_now = &frame.tlb[kTlbSupervisorAc];
     clear_tlbs(frame);
     restore(reset_state(id == 0));
+    dirty_log_.add(this);
 }
 
-SoftVcpu::~SoftVcpu() = default;
+SoftVcpu::~SoftVcpu() {
+    dirty_log_.remove(this);
+}
 
 // --- Requests from other threads
 // --------------------------------------------------------------------
@@ -106,9 +111,22 @@ void SoftVcpu::sipi(u8 vector) {
     request(kRequestSipi);
 }
 
+// The store to passage_ and the look at irq_req stand in this order, those of post_rearm() in the
+// other: at least one of the two threads sees what the other did.
+void SoftVcpu::enter_guest() {
+    passage_.store(passage_.load(std::memory_order_relaxed) + 1);
+    if (PV_UNLIKELY(frame.irq_req.load() & kRequestRearm)) drop_writable(frame);
+}
+
+void SoftVcpu::rearm() {
+    drop_writable(frame);
+    passage_.store(passage_.load(std::memory_order_relaxed) + 2);
+}
+
 // Takes up what others asked for. True: run() must return `exit`.
 bool SoftVcpu::take_requests(Exit& exit) {
     u32 bits = frame.irq_req.exchange(0);
+    if (bits & kRequestRearm) rearm();
     if (bits & kRequestInvalidate) blocks.process_posted();
     if (bits & kRequestInit) {
         init_reset(frame, id() == 0);
@@ -172,6 +190,7 @@ void SoftVcpu::advance_clock() {
 }
 
 void SoftVcpu::run_timers() {
+    OutsideGuest outside(*this);
     HostMxcsr usual_mxcsr;
     env.clock.run_expired();
 }
@@ -208,6 +227,7 @@ bool SoftVcpu::wait_while_halted(Exit& exit) {
             return false;
         }
     }
+    OutsideGuest outside(*this);
     std::unique_lock lock(halt_mutex_);
     halt_wake_.wait(lock, [&] { return frame.irq_req.load() != 0; });
     return false;
@@ -218,6 +238,7 @@ bool SoftVcpu::wait_while_halted(Exit& exit) {
 
 Exit SoftVcpu::run() {
     GuestMxcsr mxcsr(frame);
+    InGuest inside(*this);
     Exit exit;
     for (;;) {
         if (frame.irq_req.load(std::memory_order_relaxed) != 0 && take_requests(exit)) return exit;

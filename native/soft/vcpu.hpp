@@ -8,13 +8,15 @@
 #include "cpu/engine.hpp"
 #include "mmu/walker.hpp"
 #include "soft/block_cache.hpp"
+#include "soft/dirty_log.hpp"
 #include "soft/environment.hpp"
 
 namespace polyvisor::soft {
 
 class SoftVcpu final : public Vcpu {
   public:
-    SoftVcpu(const EngineConfig& config, CodePages& pages, u32 id, LocalInterrupts* lapic);
+    SoftVcpu(const EngineConfig& config, CodePages& pages, SoftDirtyLog& dirty_log, u32 id,
+             LocalInterrupts* lapic);
     ~SoftVcpu() override;
 
     Exit run() override;
@@ -31,6 +33,14 @@ class SoftVcpu final : public Vcpu {
     void smi() override { request(kRequestSmi); }
     void init() override { request(kRequestInit); }
     void sipi(u8 vector) override;
+
+    /// From any thread: asks it to drop its writable translations (see soft/dirty_log.hpp). Once
+    /// rearmed() says yes to the returned ticket, it stores through none that is older.
+    u64 post_rearm() {
+        frame.irq_req.fetch_or(kRequestRearm);
+        return passage_.load();
+    }
+    bool rearmed(u64 ticket) const { return !(ticket & 1) || passage_.load() != ticket; }
 
     /// Instructions retired before the one being executed.
     u64 instructions_now() const;
@@ -62,6 +72,14 @@ class SoftVcpu final : public Vcpu {
         u8 cpl = 0;
     };
 
+    friend class InGuest;
+    friend class OutsideGuest;
+    void enter_guest();
+    void leave_guest() {
+        passage_.store(passage_.load(std::memory_order_relaxed) + 1, std::memory_order_release);
+    }
+    void rearm();
+
     void request(u32 bits);
     bool take_requests(Exit& exit);
     bool deliver_pending(Exit& exit);
@@ -75,6 +93,10 @@ class SoftVcpu final : public Vcpu {
     Block* make_block(u64 gpa, u64 linear, u32 mode);
     bool revalidate(Block& block);
 
+    SoftDirtyLog& dirty_log_;
+    /// Odd while the vCPU may store to guest memory; changes too when it has dropped its writable
+    /// translations.
+    std::atomic<u64> passage_{0};
     JumpCache jump_cache_;
     FetchEntry fetch_tlb_[128];
     u64 remaining_ = ~u64{0};  ///< of the caller's instruction budget
@@ -88,6 +110,30 @@ class SoftVcpu final : public Vcpu {
     std::condition_variable halt_wake_;
 
     friend u64 read_tsc(VcpuFrame& f);
+};
+
+/// While it lives the thread executes guest code, and whoever wants the vCPU's attention may wait
+/// for it to come by: it holds no lock that a device takes.
+class InGuest {
+  public:
+    explicit InGuest(SoftVcpu& vcpu) : vcpu_(vcpu) { vcpu_.enter_guest(); }
+    ~InGuest() { vcpu_.leave_guest(); }
+    InGuest(const InGuest&) = delete;
+
+  private:
+    SoftVcpu& vcpu_;
+};
+
+/// Within an InGuest: a device or a wait, of any length. Host addresses of guest memory taken
+/// before are not good for stores after.
+class OutsideGuest {
+  public:
+    explicit OutsideGuest(SoftVcpu& vcpu) : vcpu_(vcpu) { vcpu_.leave_guest(); }
+    ~OutsideGuest() { vcpu_.enter_guest(); }
+    OutsideGuest(const OutsideGuest&) = delete;
+
+  private:
+    SoftVcpu& vcpu_;
 };
 
 }  // namespace polyvisor::soft

@@ -89,9 +89,10 @@ void observer() {
     memory.set_write_observer([&](Gpa gpa, u64 size) { seen.emplace_back(gpa.value, size); });
     std::vector<u8> data(0x2800, 1);
     memory.write(Gpa(0x10400), data);
-    CHECK(seen.empty());  // no page has traps
+    CHECK(seen.empty());  // no page has code
+    ram.flags(0x10000) = kPageDirtyTrack;
     ram.flags(0x11000) = kPageCode;
-    ram.flags(0x12000) = kPageDirtyTrack;
+    ram.flags(0x12000) = kPageCode | kPageDirtyTrack;
     memory.write(Gpa(0x10400), data);
     CHECK_EQ(seen.size(), 2u);
     CHECK(seen[0] == std::pair(u64{0x11000}, u64{0x1000}));
@@ -106,6 +107,52 @@ void observer() {
     memory.note_write(Gpa(0x12345), 1);
     memory.note_write(Gpa(0x12345), 0);
     CHECK_EQ(seen.size(), 1u);
+    memory.recheck_code(Gpa(0x10000), 0x4000);
+    CHECK_EQ(seen.size(), 3u);
+}
+
+std::vector<u64> take(const GuestMemory::Region& region) {
+    std::vector<u64> bitmap(region.bitmap_words());
+    region.take_dirty(bitmap);
+    return bitmap;
+}
+
+// The host's own writes, seen in the pages' dirty bits.
+void dirty_bits() {
+    GuestMemory memory;
+    auto& low = memory.add(Gpa(0), 130 * 0x1000, "low");
+    auto& next = memory.add(Gpa(130 * 0x1000), 0x3000, "next");
+    auto& apart = memory.add(Gpa(0x200000), 0x1000, "apart", true);
+    CHECK_EQ(low.bitmap_words(), 3u);
+    CHECK_EQ(next.bitmap_words(), 1u);
+    CHECK(take(low) == (std::vector<u64>{0, 0, 0}));
+
+    memory.store<u8>(Gpa(0x5fff), 1);
+    memory.store<u16>(Gpa(0x3ffff), 1);  // pages 63 and 64
+    CHECK(take(low) == (std::vector<u64>{bit(5) | bit(63), bit(0), 0}));
+    CHECK(take(low) == (std::vector<u64>{0, 0, 0}));  // taken
+
+    std::vector<u8> across(0x2001);  // pages 128 and 129 of the first, 0 of the second
+    memory.write(Gpa(128 * 0x1000), across);
+    std::vector<u64> bitmap{0, 4, 0};
+    low.take_dirty(bitmap);
+    CHECK(bitmap == (std::vector<u64>{0, 4, 3}));  // what was set stays set
+    CHECK(take(next) == std::vector<u64>{1});
+
+    memory.note_write(Gpa(0), 0x300000);  // all of it, holes and ROM too
+    CHECK(take(low) == (std::vector<u64>{~u64{0}, ~u64{0}, 3}));
+    CHECK(take(next) == std::vector<u64>{7});
+    CHECK(take(apart) == std::vector<u64>{1});
+    memory.note_write(Gpa(0x200fff), ~u64{0});  // wraps: only up to the end
+    CHECK(take(apart) == std::vector<u64>{1});
+    CHECK(take(low) == (std::vector<u64>{0, 0, 0}));
+    memory.note_write(Gpa(0x1000), 0);
+    memory.recheck_code(Gpa(0), 0x1000);
+    CHECK(take(low) == (std::vector<u64>{0, 0, 0}));
+
+    // A store that fails as a whole leaves no mark.
+    CHECK_THROWS(memory.write(Gpa(131 * 0x1000), std::vector<u8>(0x4000)), MemoryRangeError);
+    CHECK(take(next) == std::vector<u64>{0});
 }
 
 }  // namespace
@@ -115,5 +162,6 @@ int main() {
     spans();
     copies_across_regions();
     observer();
+    dirty_bits();
     return pvtest::finish("test_guest_memory");
 }

@@ -108,6 +108,8 @@ struct EngineConfig {
     CpuidPolicy cpuid;
     IrqchipMode irqchip = IrqchipMode::kUser;
     u32 cpus = 1;  ///< how many vCPUs will be made
+    /// kvm: entries of each vCPU's dirty ring, a power of two; 0: the dirty log keeps bitmaps.
+    u32 dirty_ring = 0;
     Log* log = nullptr;
     bool hypercall_exits = false;
     bool deterministic = false;

@@ -1,7 +1,23 @@
 // DirtyLog over KVM's per-slot bitmaps (KVM_GET_DIRTY_LOG, cleared by KVM_CLEAR_DIRTY_LOG where the
 // kernel can) or its per-vCPU rings (KVM_CAP_DIRTY_LOG_RING), with the host's own writes added.
+//
+// A bitmap costs a fetch in proportion to the memory, a ring in proportion to the writes; but a
+// vCPU whose ring is full leaves the guest until it was collected, and on Intel hosts with PML the
+// processor holds the last 512 pages back until the vCPU leaves the guest for whatever reason, so
+// that they show up in a later fetch. The bitmap is the default.
+//
+// Rings: the kernel logs a page once and lets it be written freely until KVM_RESET_DIRTY_RINGS,
+// which must therefore come after an entry was read and before the page's contents are. mutex_
+// makes that one step towards fetch(): a page that another thread has taken out of a ring, but not
+// reset yet, must not be reported as clean from now on.
 #pragma once
 
+#include <linux/kvm.h>
+
+#include <mutex>
+#include <vector>
+
+#include "base/mapping.hpp"
 #include "memory/dirty_log.hpp"
 
 namespace polyvisor::kvm {
@@ -10,18 +26,40 @@ class Vm;
 
 class KvmDirtyLog final : public DirtyLog {
   public:
-    explicit KvmDirtyLog(Vm& vm) : vm_(vm) {}
-    const char* method() const override;
+    /// Chooses the method, EngineConfig::dirty_ring, which the kernel must know before it has a
+    /// vCPU. Throws ConfigError for a ring that cannot be had.
+    explicit KvmDirtyLog(Vm& vm);
+    ~KvmDirtyLog() override;
+    const char* method() const override { return ring_entries_ != 0 ? "ring" : "log"; }
     bool active() const override;
     void start() override;
     void stop() override;
     void fetch(const GuestMemory::Region& region, std::span<u64> bitmap) override;
 
-    /// KVM_EXIT_DIRTY_RING_FULL, and before a vCPU ends.
+    /// On KVM_EXIT_DIRTY_RING_FULL: makes room in the vCPU's ring.
     void collect(u32 vcpu);
 
   private:
+    struct Ring {
+        Mapping mapping;
+        u32 next = 0;  ///< counts up; modulo the ring's size, the entry to look at next
+    };
+
+    void enable_ring();
+    bool open_ring(u32 vcpu);
+    void harvest(u32 vcpu);
+    void harvest_all();
+    void reset_rings() const;
+    void fetch_bitmap(const GuestMemory::Region& region, std::span<u64> bitmap);
+    void clear(u32 slot, std::span<u64> pages, u64 count) const;
+
     Vm& vm_;
+    u32 ring_entries_ = 0;
+    bool manual_clear_ = false;
+    mutable std::mutex mutex_;  // before Memslots' own
+    bool active_ = false;
+    std::vector<Ring> rings_;   // by vCPU
+    std::vector<u64> scratch_;  // the kernel's bitmap of one slot
 };
 
 }  // namespace polyvisor::kvm

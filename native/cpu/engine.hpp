@@ -29,6 +29,8 @@
 namespace polyvisor {
 
 /// What the host wants to be told of, whatever the guest has set up for itself.
+/// run() then returns kDebug: `address` is the linear address of the next instruction, `dr6` says
+/// why (0: INT3).
 struct GuestDebug {
     struct Breakpoint {
         enum class Kind : u8 { kExecute, kWrite, kReadWrite };
@@ -37,8 +39,10 @@ struct GuestDebug {
         u8 size = 1;  ///< 1, 2, 4 or 8 bytes, aligned; 1 for kExecute
         bool operator==(const Breakpoint&) const = default;
     };
+    /// run() executes one instruction (of a repeated one, an iteration); interrupts and NMIs wait.
     bool single_step = false;
-    /// The debug registers' worth: at most 4.
+    /// The debug registers' worth: at most 4. Code breakpoints end run() before the instruction,
+    /// and the next run() goes on past it; data breakpoints end it after the instruction.
     std::vector<Breakpoint> hardware;
     /// INT3 (0xcc) in the guest ends run() with kDebug, RIP at it, instead of raising #BP.
     bool int3_exits = false;
@@ -61,6 +65,9 @@ class Vcpu : public CpuSignals {
     /// What ends run() with kDebug; replaces what was set before. Throws ConfigError for more
     /// breakpoints than the CPU has or impossible ones. Not while run() is in progress.
     virtual void set_debug(const GuestDebug& debug);
+    /// The INT3 that ended the last run() with kDebug is the guest's own: the next run() begins by
+    /// raising its #BP.
+    virtual void raise_int3();
 
     virtual CpuState save() const = 0;
     /// Validates first: throws StateError and changes nothing when the state is impossible.

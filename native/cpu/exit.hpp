@@ -26,7 +26,7 @@ struct Exit {
     ExitReason reason = ExitReason::kInterrupted;
     bool write = false;        ///< kIo, kMmio, kMsr
     u8 size = 0;               ///< kIo, kMmio: bytes
-    u64 address = 0;           ///< port, GPA, MSR index, or the breakpoint's RIP
+    u64 address = 0;           ///< port, GPA, MSR index; kDebug: RIP, linear
     std::array<u8, 8> data{};  ///< written; or to be filled before the next run()
     u32 dr6 = 0;               ///< kDebug: B0-B3 and BS as in DR6; 0 for a breakpoint instruction
     std::string text;          ///< kFail, kShutdown: for people

@@ -26,6 +26,7 @@ class KvmVcpu final : public Vcpu {
     void request_stop() override { request(kStop); }
     void set_instruction_budget(u64 instructions) override;
     void set_debug(const GuestDebug& debug) override;
+    void raise_int3() override { debug_.raise_int3(); }
     CpuState save() const override;
     void restore(const CpuState& state) override;
     u32 id() const override { return id_; }

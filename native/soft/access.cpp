@@ -29,27 +29,39 @@ TlbContext context_of(const VcpuFrame& f, Privilege privilege) {
     return smap && !(f.rflags_rest & kFlagAc) ? kTlbSupervisor : kTlbSupervisorAc;
 }
 
-bool breakpoint_in_page(const VcpuFrame& f, u64 linear) {
+bool breakpoint_in_page(const u64 (&dr)[4], u64 dr7, u64 linear) {
     for (unsigned n = 0; n < 4; ++n) {
-        if ((f.dr7 >> (2 * n) & 3) && (f.dr7 >> (16 + 4 * n) & 3) &&
-            ((f.dr[n] ^ linear) >> kPageShift) == 0) {
+        if ((dr7 >> (2 * n) & 3) && (dr7 >> (16 + 4 * n) & 3) &&
+            ((dr[n] ^ linear) >> kPageShift) == 0) {
             return true;
         }
     }
     return false;
 }
 
+bool breakpoint_in_page(const VcpuFrame& f, u64 linear) {
+    return breakpoint_in_page(f.dr, f.dr7, linear) ||
+           breakpoint_in_page(f.host_dr, f.host_dr7, linear);
+}
+
 // Notes which data breakpoints an access meets (SDM 3B, 17.2.5). They trap after the instruction.
-void note_breakpoints(VcpuFrame& f, u64 linear, u32 size, bool write) {
+u64 breakpoints_met(const u64 (&dr)[4], u64 dr7, u64 linear, u32 size, bool write) {
     static constexpr u8 kLength[4] = {1, 2, 8, 4};
+    u64 hits = 0;
     for (unsigned n = 0; n < 4; ++n) {
-        if (!(f.dr7 >> (2 * n) & 3)) continue;
-        unsigned kind = f.dr7 >> (16 + 4 * n) & 3;
+        if (!(dr7 >> (2 * n) & 3)) continue;
+        unsigned kind = dr7 >> (16 + 4 * n) & 3;
         if (kind != 3 && !(kind == 1 && write)) continue;
-        u64 length = kLength[f.dr7 >> (18 + 4 * n) & 3];
-        u64 start = f.dr[n] & ~(length - 1);
-        if (linear < start + length && start < linear + size) f.debug_hits |= bit(n);
+        u64 length = kLength[dr7 >> (18 + 4 * n) & 3];
+        u64 start = dr[n] & ~(length - 1);
+        if (linear < start + length && start < linear + size) hits |= bit(n);
     }
+    return hits;
+}
+
+void note_breakpoints(VcpuFrame& f, u64 linear, u32 size, bool write) {
+    f.debug_hits |= breakpoints_met(f.dr, f.dr7, linear, size, write) |
+                    breakpoints_met(f.host_dr, f.host_dr7, linear, size, write) << 16;
 }
 
 [[gnu::cold]] bool raise_page_fault(VcpuFrame& f, u64 linear, u32 error) {
@@ -75,7 +87,7 @@ bool find_place(VcpuFrame& f, u64 linear, bool write, Privilege privilege, u8 se
     place.region = vcpu.env.memory.find(Gpa(place.gpa));
     if (place.region == nullptr) return true;
     place.host = place.region->host(place.gpa);
-    if (PV_UNLIKELY(f.dr7 & 0xff) && breakpoint_in_page(f, linear)) return true;
+    if (PV_UNLIKELY(f.breakpoints()) && breakpoint_in_page(f, linear)) return true;
     u64 page = align_down(linear, kPageSize);
     unsigned n = (linear >> kPageShift) & 255;
     u8 flags = place.region->flags(place.gpa).load(std::memory_order_seq_cst);
@@ -254,7 +266,7 @@ bool read_linear(VcpuFrame& f, u64 linear, void* into, u32 size, Privilege privi
         }
         out += here;
     }
-    if (PV_UNLIKELY(f.dr7 & 0xff)) note_breakpoints(f, linear, size, false);
+    if (PV_UNLIKELY(f.breakpoints())) note_breakpoints(f, linear, size, false);
     return true;
 }
 
@@ -272,7 +284,7 @@ bool write_linear(VcpuFrame& f, u64 linear, const void* from, u32 size, Privileg
     }
     write_place(f, place, in, first);
     if (first != size) write_place(f, second, in + first, size - first);
-    if (PV_UNLIKELY(f.dr7 & 0xff)) note_breakpoints(f, linear, size, true);
+    if (PV_UNLIKELY(f.breakpoints())) note_breakpoints(f, linear, size, true);
     return true;
 }
 
@@ -294,7 +306,7 @@ u8* writable_host(VcpuFrame& f, u64 linear, u32 size, Privilege privilege, u8 se
     Place place;
     if (!find_place(f, linear, true, privilege, seg, place)) return nullptr;
     if (place.region == nullptr || place.region->read_only) return nullptr;
-    if (PV_UNLIKELY(f.dr7 & 0xff)) note_breakpoints(f, linear, size, true);
+    if (PV_UNLIKELY(f.breakpoints())) note_breakpoints(f, linear, size, true);
     note_trapped_store(f, place, size);
     return place.host;
 }
@@ -308,7 +320,7 @@ const u8* readable_host(VcpuFrame& f, u64 linear, u32 size, Privilege privilege,
     if ((linear & kPageMask) + size > kPageSize) return nullptr;
     Place place;
     if (!find_place(f, linear, false, privilege, seg, place)) return nullptr;
-    if (PV_UNLIKELY(f.dr7 & 0xff)) note_breakpoints(f, linear, size, false);
+    if (PV_UNLIKELY(f.breakpoints())) note_breakpoints(f, linear, size, false);
     return place.host;
 }
 

@@ -129,7 +129,7 @@ enum ModeBits : u32 {
         1 << 13,  ///< MXCSR unmasks something: handlers of kFpExcept rows check before commit
     kModeAlignCheck = 1 << 14,  ///< CR0.AM, EFLAGS.AC and CPL 3
     kModeStep =
-        1 << 15,  ///< TF, or a debug-register breakpoint is enabled: one instruction at a time
+        1 << 15,  ///< TF, a debug-register breakpoint, or the host steps: single instructions
     kModeLongActive = 1 << 16,  ///< EFER.LMA
 };
 
@@ -192,7 +192,16 @@ struct alignas(64) VcpuFrame {
     u64 count_base = 0;      ///< ... when `retired` was this
 
     Fault fault;
-    u64 debug_hits = 0;  ///< DR6 bits of data breakpoints met by the present instruction
+    u64 debug_hits = 0;  ///< DR6 bits of data breakpoints met by the present instruction; those of
+                         ///< the host's from bit 16
+    // What the host debugs (GuestDebug), apart from the guest's own debug registers.
+    u64 host_dr[4]{};
+    u32 host_dr7 = 0;  ///< 0: no breakpoints
+    bool host_step = false;
+    enum class Int3 : u8 { kRaise, kExit, kRaiseOnce } host_int3 = Int3::kRaise;
+
+    /// The guest or the host has breakpoints.
+    bool breakpoints() const { return ((dr7 & 0xff) | host_dr7) != 0; }
     SoftVcpu* vcpu = nullptr;
 
     // SIMD. MXCSR is in the host's own register while the interpreter runs, with all exceptions

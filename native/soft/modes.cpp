@@ -42,7 +42,7 @@ void update_mode(VcpuFrame& f) {
     if (!(cr4 & bit(9))) mode |= kModeSseUd;
     if (!(cr4 & bit(18)) || (f.xcr0 & 6) != 6 || !(mode & kModeProtected)) mode |= kModeAvxUd;
     if (PV_UNLIKELY((f.mxcsr & 0x1f80) != 0x1f80)) mode |= kModeFpException;
-    if (PV_UNLIKELY((f.rflags_rest & kFlagT) || (f.dr7 & 0xff))) mode |= kModeStep;
+    if (PV_UNLIKELY((f.rflags_rest & kFlagT) || f.breakpoints() || f.host_step)) mode |= kModeStep;
 
     TlbContext context;
     if (f.cpl == 3) {

@@ -2,6 +2,7 @@
 // calls.
 #include "soft/bindings.hpp"
 #include "soft/descriptors.hpp"
+#include "soft/vcpu.hpp"
 
 namespace polyvisor::soft {
 
@@ -511,6 +512,10 @@ bool int_ib(VcpuFrame& f, const Insn& i, u64) {
     return software_interrupt(f, static_cast<u8>(i.imm), EventType::kSoftware);
 }
 bool int3(VcpuFrame& f, const Insn&, u64) {
+    if (PV_UNLIKELY(f.host_int3 == VcpuFrame::Int3::kExit)) return f.vcpu->exit_int3();
+    if (PV_UNLIKELY(f.host_int3 == VcpuFrame::Int3::kRaiseOnce)) {
+        f.host_int3 = VcpuFrame::Int3::kExit;
+    }
     return software_interrupt(f, kBp, EventType::kSoftwareException);
 }
 bool int1(VcpuFrame& f, const Insn&, u64) {

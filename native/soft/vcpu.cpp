@@ -242,7 +242,12 @@ Exit SoftVcpu::run() {
     Exit exit;
     for (;;) {
         if (frame.irq_req.load(std::memory_order_relaxed) != 0 && take_requests(exit)) return exit;
-        if (deliver_pending(exit)) return exit;
+        if (PV_UNLIKELY(host_hits_ != 0) && host_step_done(exit)) return exit;
+        if (PV_UNLIKELY(frame.mode & kModeStep) && holds_events()) {
+            wake_without_event();
+        } else if (deliver_pending(exit)) {
+            return exit;
+        }
         if (remaining_ == 0) return stop_exit(ExitReason::kInterrupted);
         if (frame.activity == Activity::kShutdown) {
             return stop_exit(ExitReason::kShutdown, "triple fault");
@@ -316,44 +321,11 @@ void SoftVcpu::dispatch() {
         if (PV_UNLIKELY(trap || (frame.mode & kModeStep) || frame.debug_hits)) after_step(trap);
         if (frame.fault.pending != Pending::kNone) return;
         if (frame.activity != Activity::kRunning) return;
+        if (PV_UNLIKELY(host_hits_ != 0)) return;
         if (interrupt_waiting_ && (frame.rflags_rest & kFlagI) && !frame.shadow) return;
         if (frame.nmi_pending && !frame.nmi_blocked) return;
         if (PV_UNLIKELY(blocks.full())) blocks.flush();
     }
-}
-
-// Instruction breakpoints (SDM 3B, 17.3.1.1). False: #DB is pending instead.
-bool SoftVcpu::before_step() {
-    frame.no_step_trap = false;
-    if (!(frame.dr7 & 0xff)) return true;
-    if (frame.rflags_rest & kFlagRf) {
-        frame.rflags_rest &= ~u64{kFlagRf};
-        return true;
-    }
-    u64 linear = frame.long64() ? frame.rip : static_cast<u32>(frame.seg[kCs].base + frame.rip);
-    u64 hits = 0;
-    for (unsigned n = 0; n < 4; ++n) {
-        bool enabled = frame.dr7 >> (2 * n) & 3;
-        if (enabled && !(frame.dr7 >> (16 + 4 * n) & 3) && frame.dr[n] == linear) hits |= bit(n);
-    }
-    if (hits == 0) return true;
-    raise(frame, kDb);
-    frame.fault.dr6 = hits;
-    return false;
-}
-
-// Single step and data breakpoints: #DB as a trap, unless the instruction faulted or MOV SS holds
-// it.
-void SoftVcpu::after_step(bool trap) {
-    u64 hits = std::exchange(frame.debug_hits, 0);
-    if (std::exchange(frame.no_step_trap, false)) trap = false;
-    // Between two elements of a repeated instruction there is a trap too, with RIP still at it.
-    bool between = frame.fault.pending == Pending::kRestart;
-    if ((frame.fault.pending != Pending::kNone && !between) || frame.shadow_ss) return;
-    if (trap) hits |= bit(14);
-    if (hits == 0) return;
-    raise_trap(frame, kDb);
-    frame.fault.dr6 = hits;
 }
 
 CpuState SoftVcpu::save() const {
@@ -373,6 +345,7 @@ void SoftVcpu::restore(const CpuState& state) {
     frame.link_slot_valid = false;
     interrupt_waiting_ = true;  // look once
     halt_reported_ = false;
+    host_hits_ = 0;
 }
 
 bool SoftVcpu::translate(u64 gva, u64& gpa) const {

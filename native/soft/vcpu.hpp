@@ -22,6 +22,8 @@ class SoftVcpu final : public Vcpu {
     Exit run() override;
     void request_stop() override;
     void set_instruction_budget(u64 instructions) override { remaining_ = instructions; }
+    void set_debug(const GuestDebug& debug) override;
+    void raise_int3() override { frame.host_int3 = VcpuFrame::Int3::kRaiseOnce; }
     CpuState save() const override;
     void restore(const CpuState& state) override;
     u32 id() const override { return env.id; }
@@ -42,6 +44,8 @@ class SoftVcpu final : public Vcpu {
     }
     bool rearmed(u64 ticket) const { return !(ticket & 1) || passage_.load() != ticket; }
 
+    /// INT3 while the host has breakpoints: leaves run() with RIP at it. Returns false.
+    bool exit_int3();
     /// Instructions retired before the one being executed.
     u64 instructions_now() const;
 
@@ -84,8 +88,13 @@ class SoftVcpu final : public Vcpu {
     bool take_requests(Exit& exit);
     bool deliver_pending(Exit& exit);
     void dispatch();
+    // debug.cpp
     bool before_step();
     void after_step(bool trap);
+    bool host_breakpoint(u64 linear);
+    bool host_step_done(Exit& exit);
+    bool holds_events();
+    void wake_without_event();
     bool wait_while_halted(Exit& exit);
     void advance_clock();
     void run_timers();
@@ -105,6 +114,8 @@ class SoftVcpu final : public Vcpu {
     bool interrupt_waiting_ = false;  ///< pending() was true, but IF or a shadow held it back
     bool halt_reported_ = false;
     bool generic_only_ = false;
+    u32 host_hits_ = 0;      ///< DR6 of the kDebug exit that run() owes the host
+    u64 passing_ = ~u64{0};  ///< linear RIP of the host's breakpoint that ended the last run()
     std::atomic<u8> sipi_vector_{0};
     std::mutex halt_mutex_;  // a leaf
     std::condition_variable halt_wake_;

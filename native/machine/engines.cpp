@@ -5,8 +5,10 @@
 
 #include <cerrno>
 #include <cstring>
+#include <mutex>
 
 #include "base/error.hpp"
+#include "kvm/engine.hpp"
 #if __has_include("soft/engine.hpp")
 #include "soft/engine.hpp"
 #include "soft/system.hpp"
@@ -31,19 +33,23 @@ EngineOffer offer_soft() {
 }
 #endif
 
+// /dev/kvm, opened once per process: what it offers does not change while it is there. A failure is
+// not kept, for it may be mended.
+std::shared_ptr<const kvm::System> kvm_system() {
+    static std::mutex mutex;
+    static std::shared_ptr<const kvm::System> system;
+    std::lock_guard lock(mutex);
+    if (system == nullptr) system = std::make_shared<kvm::System>();
+    return system;
+}
+
 EngineStatus probe_kvm() {
-    if (::access("/dev/kvm", F_OK) != 0) {
-        return {"kvm", "missing",
-                "there is no /dev/kvm here: the host has no hardware virtualization, or does not "
-                "pass it on to this virtual machine or container"};
+    try {
+        kvm_system();
+        return {"kvm", "", "Linux's KVM, on the CPU's own virtualization"};
+    } catch (const EngineUnavailable& error) {
+        return {"kvm", error.reason, error.what()};
     }
-    if (::access("/dev/kvm", R_OK | W_OK) != 0) {
-        return {"kvm", "permission",
-                std::string("/dev/kvm cannot be opened: ") + std::strerror(errno) +
-                    "; add this user to the group kvm"};
-    }
-    return {"kvm", "version",
-            "/dev/kvm is here, but this version of polyvisor cannot use it yet; take engine soft"};
 }
 
 struct Row {
@@ -54,7 +60,8 @@ struct Row {
 };
 
 const Row kEngines[] = {
-    {"kvm", probe_kvm, nullptr, nullptr},
+    {"kvm", probe_kvm, [] { return kvm::make_offer(*kvm_system()); },
+     [](const EngineConfig& config) { return kvm::create_engine(kvm_system(), config); }},
 #ifdef PV_HAVE_SOFT
     {"soft", probe_soft, offer_soft,
      [](const EngineConfig& config) { return soft::create_engine(config); }},

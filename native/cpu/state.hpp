@@ -9,6 +9,8 @@
 
 namespace polyvisor {
 
+struct CpuidPolicy;
+
 /// A segment register with its hidden part. `attributes` is the descriptor's bits 40..55 with the
 /// limit nibble zero: type 0-3, S 4, DPL 5-6, P 7, AVL 12, L 13, D/B 14, G 15; bit 16: unusable
 /// (null).
@@ -38,7 +40,8 @@ struct DescriptorTable {
     bool operator==(const DescriptorTable&) const = default;
 };
 
-/// x87, SSE and AVX registers; the layout of `legacy` is FXSAVE64's (SDM 1, 10.5.1).
+/// x87, SSE and AVX registers; the layout of `legacy` is FXSAVE64's (SDM 1, 10.5.1). What is no
+/// register reads as 0 there, and MXCSR_MASK as 0xffff.
 struct FpuState {
     std::array<u8, 512> legacy{};
     std::array<std::array<u8, 16>, 16> ymm_high{};
@@ -67,7 +70,9 @@ struct MsrState {
 };
 
 /// An event that the CPU has begun to deliver, or must before its next instruction: an engine that
-/// is stopped in between keeps it here (SDM 3C, 27.2.4).
+/// is stopped in between keeps it here (SDM 3C, 27.2.4). CR2 and DR6 have what an exception puts
+/// there. With a software event RIP is still at its instruction, so that an engine may as well run
+/// that again (KVM does).
 struct InFlightEvent {
     enum class Kind : u8 {
         kNone,
@@ -112,8 +117,14 @@ struct CpuState {
 /// application processor, waiting for a start-up IPI.
 CpuState reset_state(bool bootstrap);
 
+/// The current privilege level: SS's DPL (SDM 3C, 24.4.1), also while CS has a selector that was
+/// loaded in real mode.
+u8 privilege_level(const CpuState& state);
+
 /// Throws StateError naming the field when the state is one no CPU can be in (SDM 3C, 26.3.1, as
 /// far as it can be checked without the CPUID policy).
 void validate(const CpuState& state);
+/// The same, also for what needs a feature that CPUs of this policy lack.
+void validate(const CpuState& state, const CpuidPolicy& policy);
 
 }  // namespace polyvisor

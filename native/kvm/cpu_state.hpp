@@ -1,7 +1,7 @@
-// CpuState to and from KVM's structs, for one vCPU.
+// CpuState of one vCPU, in and out of KVM.
 #pragma once
 
-#include <linux/kvm.h>
+#include "kvm/abi.hpp"
 
 #include "cpu/state.hpp"
 
@@ -10,10 +10,12 @@ namespace polyvisor::kvm {
 class KvmVcpu;
 
 /// Reads everything but tsc_offset, which KvmVcpu keeps. `vcpu` must not be in KVM_RUN, nor have an
-/// access to complete.
+/// access to complete. In mode kUser `activity` is kRunning: KVM does not know of halting then, and
+/// never of kShutdown. Throws HostError.
 CpuState read_cpu(const KvmVcpu& vcpu);
-/// Sets everything but tsc_offset. Throws StateError, having changed nothing, when the state is
-/// impossible (validate(), or features that the vCPU's CPUID lacks).
+/// Sets everything but tsc_offset, and forgets the guest's translations. Throws StateError, having
+/// changed nothing, when the state is impossible (validate(), for the vCPU's CPUID policy) or KVM
+/// refuses a part of it; HostError otherwise.
 void write_cpu(KvmVcpu& vcpu, const CpuState& state);
 
 /// Registers that kvm_run carries with an exit (KVM_CAP_SYNC_REGS).

@@ -1,6 +1,8 @@
 // Entering interrupt and exception handlers: real mode's vector table, protected mode's gates,
 // virtual-8086 mode with and without VME, IA-32e mode with IST; double and triple faults
 // (SDM 3A, chapter 6).
+#include <utility>
+
 #include "soft/descriptors.hpp"
 
 namespace polyvisor::soft {
@@ -322,6 +324,50 @@ bool deliver_fault(VcpuFrame& f) {
 bool deliver_event(VcpuFrame& f, u8 vector, EventType type) {
     Fault event{.pending = Pending::kException, .vector = vector, .trap = true};
     return deliver_all(f, event, type);
+}
+
+bool deliver_in_flight(VcpuFrame& f) {
+    using Kind = InFlightEvent::Kind;
+    const InFlightEvent event = std::exchange(f.event, {});
+    f.shadow = f.shadow_ss = false;
+    switch (event.kind) {
+        case Kind::kNone:
+            return true;
+        case Kind::kInterrupt:
+            return deliver_event(f, event.vector, EventType::kExternal);
+        case Kind::kNmi:
+            f.nmi_blocked = true;
+            return deliver_event(f, kNmi, EventType::kNmi);
+        case Kind::kException: {
+            const bool fault = event.vector != kBp && event.vector != kOf && event.vector != kDf &&
+                               event.vector != kMcFault;
+            // CR2 and DR6 have been set already, and stay.
+            f.fault = {.pending = Pending::kException,
+                       .vector = event.vector,
+                       .has_error = event.has_error_code,
+                       .trap = !fault,
+                       .error = event.error_code,
+                       .cr2 = f.cr2,
+                       .dr6 = f.dr6 & (0xf | bit(13) | bit(14) | bit(15))};
+            return deliver_fault(f);
+        }
+        case Kind::kSoftwareInterrupt:
+        case Kind::kSoftwareException:
+            break;
+    }
+    // The handler returns behind the instruction; a fault on the way there is the instruction's.
+    const u64 at = f.rip, next = at + event.length;
+    const CodeSize size = f.code_size();
+    f.rip = size == CodeSize::k64 ? next : next & (size == CodeSize::k32 ? 0xffffffff : 0xffff);
+    f.fault = {};
+    const EventType type = event.kind == Kind::kSoftwareInterrupt ? EventType::kSoftware
+                                                                  : EventType::kSoftwareException;
+    if (enter_handler(f, event.vector, type, nullptr, false)) {
+        f.activity = Activity::kRunning;
+        return true;
+    }
+    f.rip = at;
+    return deliver_fault(f);
 }
 
 }  // namespace polyvisor::soft

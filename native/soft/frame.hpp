@@ -185,6 +185,7 @@ struct alignas(64) VcpuFrame {
     Activity activity = Activity::kRunning;
     bool nmi_blocked = false;
     bool nmi_pending = false;
+    InFlightEvent event;     ///< restored, to be delivered before the next instruction
     u64 a20_mask = ~u64{0};  ///< and'ed to physical addresses
     u64 physical_mask = 0;   ///< bits below MAXPHYADDR
     u64 retired = 0;         ///< instructions retired before the current slice

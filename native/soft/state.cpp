@@ -109,6 +109,7 @@ void save_state(const VcpuFrame& f, CpuState& s) {
     s.interrupt_shadow = f.shadow;
     s.nmi_blocked = f.nmi_blocked;
     s.nmi_pending = f.nmi_pending;
+    s.event = f.event;
     s.instructions = f.retired;
 }
 
@@ -132,17 +133,12 @@ void load_state(VcpuFrame& f, const CpuState& s) {
     f.shadow_ss = false;
     f.nmi_blocked = s.nmi_blocked;
     f.nmi_pending = s.nmi_pending;
+    f.event = s.event;
     f.retired = s.instructions;
     f.debug_hits = 0;
     f.fault = {};
 
-    if (!(f.cr0 & 1)) {
-        f.cpl = 0;
-    } else if (f.rflags_rest & kFlagVm) {
-        f.cpl = 3;
-    } else {
-        f.cpl = f.seg[kCs].selector & 3;
-    }
+    f.cpl = privilege_level(s);
     for (u64& entry : f.pdpte) entry = 0;
     if (uses_pdptes(f.cr0, f.cr4, f.msr.efer)) read_pdptes(f, f.cr3, f.pdpte);
     flush_tlb(f);

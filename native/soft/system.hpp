@@ -14,6 +14,8 @@ bool deliver_fault(VcpuFrame& f);
 /// Delivers an external interrupt or NMI at the present f.rip. May itself end in an exception,
 /// which is delivered too. False: triple fault.
 bool deliver_event(VcpuFrame& f, u8 vector, EventType type);
+/// Delivers f.event, which another engine had begun to deliver. False: triple fault.
+bool deliver_in_flight(VcpuFrame& f);
 
 /// Frame <-> State. load_state() assumes a validated state; it flushes translations.
 void save_state(const VcpuFrame& f, CpuState& state);

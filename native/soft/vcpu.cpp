@@ -242,6 +242,10 @@ Exit SoftVcpu::run() {
     Exit exit;
     for (;;) {
         if (frame.irq_req.load(std::memory_order_relaxed) != 0 && take_requests(exit)) return exit;
+        if (PV_UNLIKELY(frame.event.kind != InFlightEvent::Kind::kNone) &&
+            frame.activity <= Activity::kHalted && !deliver_in_flight(frame)) {
+            return stop_exit(ExitReason::kShutdown, "triple fault");
+        }
         if (PV_UNLIKELY(host_hits_ != 0) && host_step_done(exit)) return exit;
         if (PV_UNLIKELY(frame.mode & kModeStep) && holds_events()) {
             wake_without_event();

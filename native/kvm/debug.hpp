@@ -5,7 +5,7 @@
 // are put back with KVM_GUESTDBG_INJECT_DB.
 #pragma once
 
-#include <linux/kvm.h>
+#include "kvm/abi.hpp"
 
 #include <optional>
 

@@ -12,7 +12,7 @@
 // reset yet, must not be reported as clean from now on.
 #pragma once
 
-#include <linux/kvm.h>
+#include "kvm/abi.hpp"
 
 #include <mutex>
 #include <vector>

@@ -1,6 +1,6 @@
 #include "kvm/exit_names.hpp"
 
-#include <linux/kvm.h>
+#include "kvm/abi.hpp"
 
 namespace polyvisor::kvm {
 

@@ -8,7 +8,7 @@
 // pause, so that the guest's TSC goes on exactly where it stopped.
 #pragma once
 
-#include <linux/kvm.h>
+#include "kvm/abi.hpp"
 
 #include <atomic>
 #include <mutex>

@@ -1,7 +1,7 @@
 // ioctl() on KVM's file descriptors, with errors that name the request.
 #pragma once
 
-#include <linux/kvm.h>
+#include "kvm/abi.hpp"
 #include <sys/ioctl.h>
 
 #include <cerrno>

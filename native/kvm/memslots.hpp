@@ -9,7 +9,7 @@
 // outside set() knows which ioctl made it, so that is the only place to change.
 #pragma once
 
-#include <linux/kvm.h>
+#include "kvm/abi.hpp"
 
 #include <atomic>
 #include <mutex>

@@ -1,7 +1,7 @@
 // An open /dev/kvm: what the kernel offers, before there is a VM. All of it is asked once.
 #pragma once
 
-#include <linux/kvm.h>
+#include "kvm/abi.hpp"
 
 #include <memory>
 #include <mutex>

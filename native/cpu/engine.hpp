@@ -23,6 +23,7 @@
 #include "cpu/cpuid.hpp"
 #include "cpu/exit.hpp"
 #include "cpu/state.hpp"
+#include "cpu/statistic.hpp"
 #include "memory/dirty_log.hpp"
 #include "memory/guest_memory.hpp"
 
@@ -84,6 +85,11 @@ class Vcpu : public CpuSignals {
         u64 value;
     };
     virtual std::vector<Counter> counters() const = 0;
+    /// How often the CPU left the guest, by reason, where the guest runs on hardware: also for what
+    /// the engine served itself. Any thread, at any time.
+    virtual std::vector<Counter> exits() const { return {}; }
+    /// What the host counts of this CPU. Any thread, at any time.
+    virtual std::vector<Statistic> host_statistics() const { return {}; }
 };
 
 struct Caps {
@@ -135,8 +141,10 @@ class Engine {
     virtual InterruptChips* chips() { return nullptr; }
     /// Writes to guest memory, page by page. The engine owns it.
     virtual DirtyLog& dirty_log();
-    /// Counters of the whole machine, like Vcpu::counters().
+    /// Counters of the whole machine, like Vcpu::counters(), but any thread may ask at any time.
     virtual std::vector<Vcpu::Counter> counters() const { return {}; }
+    /// What the host counts of the whole machine. Any thread, at any time.
+    virtual std::vector<Statistic> host_statistics() const { return {}; }
     /// `lapic` outlives the vCPU. It is nullptr when chips() has the local APICs, but for CPU 0 in
     /// mode kSplit, where it stands for the 8259 pair alone (only pending() and acknowledge()).
     virtual std::unique_ptr<Vcpu> create_vcpu(u32 id, LocalInterrupts* lapic) = 0;

@@ -1,7 +1,7 @@
 #include "kvm/bus_hooks.hpp"
 
 #include <fcntl.h>
-#include <linux/kvm.h>
+#include "kvm/abi.hpp"
 
 #include <algorithm>
 #include <cerrno>

@@ -13,7 +13,7 @@ namespace {
 class KvmEngine final : public Engine {
   public:
     KvmEngine(std::shared_ptr<const System> system, const EngineConfig& config)
-        : vm_(std::move(system), config) {}
+        : vm_(std::move(system), config), stats_(vm_.fd()) {}
 
     Caps caps() const override {
         return {.nested_paging = true,
@@ -23,13 +23,21 @@ class KvmEngine final : public Engine {
     const char* name() const override { return "kvm"; }
     InterruptChips* chips() override { return vm_.chips(); }
     DirtyLog& dirty_log() override { return vm_.dirty_log(); }
-    std::vector<Vcpu::Counter> counters() const override { return read_stats(vm_.fd()); }
+    std::vector<Vcpu::Counter> counters() const override {
+        BusHooks::Counts hooks = vm_.bus_hooks().counts();
+        return {{"doorbells", hooks.doorbells},
+                {"posted_ranges", hooks.posted_ranges},
+                {"posted_writes", hooks.delivered},
+                {"refused_ranges", hooks.refused}};
+    }
+    std::vector<Statistic> host_statistics() const override { return stats_.read(); }
     std::unique_ptr<Vcpu> create_vcpu(u32 id, LocalInterrupts* lapic) override {
         return std::make_unique<KvmVcpu>(vm_, id, lapic);
     }
 
   private:
     Vm vm_;
+    StatsFile stats_;
 };
 
 }  // namespace

@@ -59,7 +59,6 @@ void append_bytes(std::string& text, const u8* bytes, std::size_t count) {
 }  // namespace
 
 KvmVcpu::Then KvmVcpu::handle(Exit& exit) {
-    vm_.bus_hooks().drain();
     switch (run_->exit_reason) {
         case KVM_EXIT_IO:
             return handle_io(exit);

@@ -1,6 +1,6 @@
 #include "kvm/stats.hpp"
 
-#include <linux/kvm.h>
+#include "kvm/abi.hpp"
 #include <unistd.h>
 
 #include <algorithm>
@@ -39,42 +39,6 @@ T load(const u8* from) {
 
 }  // namespace
 
-const char* to_string(Stat::Kind kind) {
-    switch (kind) {
-        case Stat::Kind::kCumulative:
-            return "cumulative";
-        case Stat::Kind::kInstant:
-            return "instant";
-        case Stat::Kind::kPeak:
-            return "peak";
-        case Stat::Kind::kLinearHistogram:
-            return "linear_histogram";
-        case Stat::Kind::kLogHistogram:
-            return "log_histogram";
-        case Stat::Kind::kOther:
-            break;
-    }
-    return "other";
-}
-
-const char* to_string(Stat::Unit unit) {
-    switch (unit) {
-        case Stat::Unit::kNone:
-            return "none";
-        case Stat::Unit::kBytes:
-            return "bytes";
-        case Stat::Unit::kSeconds:
-            return "seconds";
-        case Stat::Unit::kCycles:
-            return "cycles";
-        case Stat::Unit::kBoolean:
-            return "boolean";
-        case Stat::Unit::kOther:
-            break;
-    }
-    return "other";
-}
-
 StatsFile::StatsFile(int fd) {
     int file = try_ioctl(fd, KVM_GET_STATS_FD);
     if (file >= 0) file_ = OwnedFd(file);
@@ -93,7 +57,7 @@ bool StatsFile::describe() const {
     std::vector<u8> block(header.num_desc * step);
     if (!read_at(file_.get(), header.desc_offset, block)) return false;
 
-    std::vector<Stat> stats;
+    std::vector<Statistic> stats;
     std::vector<Place> places;
     u64 size = 0;
     for (std::size_t at = 0; at < block.size(); at += step) {
@@ -102,12 +66,14 @@ bool StatsFile::describe() const {
         u32 kind = (flags & KVM_STATS_TYPE_MASK) >> KVM_STATS_TYPE_SHIFT;
         u32 unit = (flags & KVM_STATS_UNIT_MASK) >> KVM_STATS_UNIT_SHIFT;
         const char* name = reinterpret_cast<const char*>(from + kDescriptorSize);
-        Stat stat;
+        Statistic stat;
         stat.name.assign(name, ::strnlen(name, header.name_size));
-        stat.kind = kind < static_cast<u32>(Stat::Kind::kOther) ? static_cast<Stat::Kind>(kind)
-                                                                : Stat::Kind::kOther;
-        stat.unit = unit < static_cast<u32>(Stat::Unit::kOther) ? static_cast<Stat::Unit>(unit)
-                                                                : Stat::Unit::kOther;
+        stat.kind = kind < static_cast<u32>(Statistic::Kind::kOther)
+                        ? static_cast<Statistic::Kind>(kind)
+                        : Statistic::Kind::kOther;
+        stat.unit = unit < static_cast<u32>(Statistic::Unit::kOther)
+                        ? static_cast<Statistic::Unit>(unit)
+                        : Statistic::Unit::kOther;
         stat.base = (flags & KVM_STATS_BASE_MASK) == KVM_STATS_BASE_POW2 ? 2 : 10;
         stat.exponent = load<s16>(from + 4);
         u64 count = load<u16>(from + 6);
@@ -126,14 +92,14 @@ bool StatsFile::describe() const {
     return true;
 }
 
-std::vector<Stat> StatsFile::read() const {
+std::vector<Statistic> StatsFile::read() const {
     if (!file_) return {};
     std::lock_guard lock(mutex_);
     if (!describe()) return {};
     std::vector<u64> data(data_size_);
     std::span<u8> bytes{reinterpret_cast<u8*>(data.data()), data.size() * sizeof(u64)};
     if (!read_at(file_.get(), data_offset_, bytes)) return {};
-    std::vector<Stat> stats = stats_;
+    std::vector<Statistic> stats = stats_;
     for (std::size_t i = 0; i < stats.size(); ++i) {
         auto first = data.begin() + static_cast<std::ptrdiff_t>(places_[i].index);
         stats[i].values.assign(first, first + static_cast<std::ptrdiff_t>(places_[i].count));
@@ -141,9 +107,9 @@ std::vector<Stat> StatsFile::read() const {
     return stats;
 }
 
-std::vector<Vcpu::Counter> to_counters(std::span<const Stat> stats) {
+std::vector<Vcpu::Counter> to_counters(std::span<const Statistic> stats) {
     std::vector<Vcpu::Counter> counters;
-    for (const Stat& stat : stats) {
+    for (const Statistic& stat : stats) {
         if (!stat.histogram() && stat.values.size() == 1) {
             counters.push_back({stat.name, stat.values[0]});
             continue;

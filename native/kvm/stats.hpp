@@ -9,30 +9,9 @@
 
 #include "base/fd.hpp"
 #include "cpu/engine.hpp"
+#include "cpu/statistic.hpp"
 
 namespace polyvisor::kvm {
-
-/// One statistic. A value v means v * base^exponent units.
-struct Stat {
-    enum class Kind : u8 { kCumulative, kInstant, kPeak, kLinearHistogram, kLogHistogram, kOther };
-    enum class Unit : u8 { kNone, kBytes, kSeconds, kCycles, kBoolean, kOther };
-
-    std::string name;
-    Kind kind = Kind::kCumulative;
-    Unit unit = Unit::kNone;
-    u8 base = 10;  ///< 10 or 2
-    s16 exponent = 0;
-    /// kLinearHistogram: width of a bucket in units; the last bucket has everything beyond.
-    u32 bucket_size = 0;
-    /// One value, or one per bucket. Bucket n of kLogHistogram: [2^(n-1), 2^n), bucket 0: [0, 1).
-    std::vector<u64> values;
-
-    bool histogram() const { return kind == Kind::kLinearHistogram || kind == Kind::kLogHistogram; }
-};
-
-/// "cumulative", "seconds", ... as the kernel's documentation has them; "other" for later ones.
-const char* to_string(Stat::Kind kind);
-const char* to_string(Stat::Unit unit);
 
 /// An open statistics file. It may be read by any thread at any time, also while the vCPU runs, but
 /// has to be opened while it does not: the ioctl waits for the vCPU.
@@ -47,7 +26,7 @@ class StatsFile {
     bool available() const { return static_cast<bool>(file_); }
     /// The present values in the kernel's order; empty when unavailable, or when the file is not of
     /// the known format.
-    std::vector<Stat> read() const;
+    std::vector<Statistic> read() const;
 
   private:
     bool describe() const;
@@ -59,14 +38,14 @@ class StatsFile {
     OwnedFd file_;
     mutable std::mutex mutex_;  // a leaf
     mutable bool described_ = false;
-    mutable std::vector<Stat> stats_;    // without values
-    mutable std::vector<Place> places_;  // of their values
-    mutable u64 data_offset_ = 0;        // in the file
-    mutable u64 data_size_ = 0;          // values
+    mutable std::vector<Statistic> stats_;  // without values
+    mutable std::vector<Place> places_;     // of their values
+    mutable u64 data_offset_ = 0;           // in the file
+    mutable u64 data_size_ = 0;             // values
 };
 
 /// As plain counters. Histograms become one counter per bucket ("halt_wait_hist[3]").
-std::vector<Vcpu::Counter> to_counters(std::span<const Stat> stats);
+std::vector<Vcpu::Counter> to_counters(std::span<const Statistic> stats);
 /// Opens, reads and closes.
 std::vector<Vcpu::Counter> read_stats(int fd);
 

@@ -9,7 +9,6 @@
 #include "kvm/exit_names.hpp"
 #include "kvm/ioctl.hpp"
 #include "kvm/kick.hpp"
-#include "kvm/stats.hpp"
 #include "mmu/walker.hpp"
 
 namespace polyvisor::kvm {
@@ -45,6 +44,7 @@ KvmVcpu::KvmVcpu(Vm& vm, u32 id, LocalInterrupts* lapic)
       id_(id),
       lapic_(lapic),
       fd_(call_ioctl(vm.fd(), KVM_CREATE_VCPU, static_cast<unsigned long>(id))),
+      stats_(fd_.get()),
       mapping_(fd_.get(), 0, vm.system().vcpu_mmap_size()),
       run_(reinterpret_cast<kvm_run*>(mapping_.data())),
       cpuid_(make_cpuid(vm.config().cpuid, vm.system(), id)) {
@@ -227,15 +227,16 @@ Exit KvmVcpu::run() {
         }
         if (PV_UNLIKELY(debug_.active())) debug_.before_entry();
         if (lapic_ != nullptr) inject();
-        int result = ::ioctl(fd(), KVM_RUN, 0);
+        int error = ::ioctl(fd(), KVM_RUN, 0) < 0 ? errno : 0;
+        vm_.bus_hooks().drain();
         incomplete_ = false;
         u32 reason = run_->exit_reason;
-        if (PV_UNLIKELY(result < 0)) {
-            if (errno == EINTR || errno == EAGAIN) {
+        if (PV_UNLIKELY(error != 0)) {
+            if (error == EINTR || error == EAGAIN) {
                 set_immediate_exit(*run_, 0);
                 reason = KVM_EXIT_INTR;
             } else {
-                fail(exit, "KVM_RUN failed: " + std::string(std::strerror(errno)));
+                fail(exit, "KVM_RUN failed: " + std::string(std::strerror(error)));
                 return exit;
             }
         }
@@ -264,6 +265,7 @@ void KvmVcpu::complete() {
     for (int part = 0; incomplete_ && part < kMostParts; ++part) {
         set_immediate_exit(*run_, 1);
         int result = ::ioctl(fd(), KVM_RUN, 0);
+        vm_.bus_hooks().drain();
         incomplete_ = false;
         if (result < 0) break;
         Exit later;  // an unclaimed access was noted already
@@ -378,12 +380,18 @@ bool KvmVcpu::translate(u64 gva, u64& gpa) const {
     return true;
 }
 
-std::vector<Vcpu::Counter> KvmVcpu::counters() const {
+std::vector<Vcpu::Counter> KvmVcpu::exits() const {
     std::vector<Counter> result;
     for (u32 reason = 0; reason < exits_.size(); ++reason) {
         u64 count = exits_[reason].load(std::memory_order_relaxed);
-        if (count != 0) result.push_back({std::string("kvm exits ") + exit_name(reason), count});
+        if (count != 0) result.push_back({exit_name(reason), count});
     }
+    return result;
+}
+
+std::vector<Vcpu::Counter> KvmVcpu::counters() const {
+    std::vector<Counter> result = exits();
+    for (Counter& counter : result) counter.name = "kvm exits " + counter.name;
     return result;
 }
 

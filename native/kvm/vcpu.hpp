@@ -2,7 +2,7 @@
 // of our local APIC's interrupts. Exits are served in exits.cpp, state is moved in cpu_state.cpp.
 #pragma once
 
-#include <linux/kvm.h>
+#include "kvm/abi.hpp"
 
 #include <array>
 #include <condition_variable>
@@ -13,6 +13,7 @@
 #include "base/mapping.hpp"
 #include "cpu/engine.hpp"
 #include "kvm/debug.hpp"
+#include "kvm/stats.hpp"
 #include "kvm/vm.hpp"
 
 namespace polyvisor::kvm {
@@ -32,6 +33,8 @@ class KvmVcpu final : public Vcpu {
     u32 id() const override { return id_; }
     bool translate(u64 gva, u64& gpa) const override;
     std::vector<Counter> counters() const override;
+    std::vector<Counter> exits() const override;
+    std::vector<Statistic> host_statistics() const override { return stats_.read(); }
 
     void interrupt() override { request(kInterrupt); }
     void nmi() override { request(kNmi); }
@@ -84,6 +87,7 @@ class KvmVcpu final : public Vcpu {
     const u32 id_;
     LocalInterrupts* const lapic_;
     OwnedFd fd_;
+    StatsFile stats_;
     Mapping mapping_;
     kvm_run* run_ = nullptr;
     std::vector<kvm_cpuid_entry2> cpuid_;

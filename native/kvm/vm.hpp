@@ -36,6 +36,7 @@ class Vm {
     /// nullptr in mode kUser.
     Chips* chips() { return chips_.get(); }
     BusHooks& bus_hooks() { return *hooks_; }
+    const BusHooks& bus_hooks() const { return *hooks_; }
     KvmDirtyLog& dirty_log() { return *dirty_log_; }
     /// In order of their ids; nullptr for one that does not exist (yet, any more).
     KvmVcpu* vcpu(u32 id) const { return id < vcpus_.size() ? vcpus_[id] : nullptr; }

@@ -16,6 +16,7 @@
 #include "machine/halt_watch.hpp"
 #include "machine/pc.hpp"
 #include "machine/run_control.hpp"
+#include "machine/statistics.hpp"
 #include "machine/vcpu_thread.hpp"
 
 namespace polyvisor {
@@ -96,6 +97,8 @@ class Machine {
     };
     /// Exits and unclaimed accesses; the engine's own too while the vCPUs stand still.
     std::vector<Counter> counters();
+    /// All that is counted anywhere. Any thread, in any phase.
+    Statistics statistics();
 
   private:
     void kick();

@@ -1,12 +1,13 @@
 // The parser of KVM's binary statistics: against files made here, and against the kernel's own.
 #include <fcntl.h>
-#include <linux/kvm.h>
+#include "kvm/abi.hpp"
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <cstring>
 
+#include "base/mapping.hpp"
 #include "check.hpp"
 #include "kvm/exit_names.hpp"
 #include "kvm/stats.hpp"
@@ -62,7 +63,7 @@ OwnedFd store(const std::vector<u8>& bytes) {
     return fd;
 }
 
-std::vector<Stat> parse(const std::vector<u8>& bytes) {
+std::vector<Statistic> parse(const std::vector<u8>& bytes) {
     return StatsFile(store(bytes)).read();
 }
 
@@ -83,21 +84,21 @@ void test_kinds_and_units() {
     CHECK_EQ(stats.size(), 7u);
     if (stats.size() != 7) return;
     CHECK_EQ(stats[0].name, std::string("exits"));
-    CHECK(stats[0].kind == Stat::Kind::kCumulative && stats[0].unit == Stat::Unit::kNone);
+    CHECK(stats[0].kind == Statistic::Kind::kCumulative && stats[0].unit == Statistic::Unit::kNone);
     CHECK_EQ(stats[0].values.at(0), 100u);
-    CHECK(stats[1].kind == Stat::Kind::kInstant && stats[1].unit == Stat::Unit::kBoolean);
+    CHECK(stats[1].kind == Statistic::Kind::kInstant && stats[1].unit == Statistic::Unit::kBoolean);
     CHECK_EQ(stats[1].values.at(0), 1u);
-    CHECK(stats[2].kind == Stat::Kind::kPeak && stats[2].unit == Stat::Unit::kBytes);
+    CHECK(stats[2].kind == Statistic::Kind::kPeak && stats[2].unit == Statistic::Unit::kBytes);
     CHECK_EQ(stats[2].base, 2);
     CHECK_EQ(stats[2].exponent, 10);
-    CHECK(stats[3].kind == Stat::Kind::kLogHistogram && stats[3].histogram());
+    CHECK(stats[3].kind == Statistic::Kind::kLogHistogram && stats[3].histogram());
     CHECK_EQ(stats[3].base, 10);
     CHECK_EQ(stats[3].exponent, -9);
     CHECK(stats[3].values == (std::vector<u64>{10, 20, 30}));
-    CHECK(stats[4].kind == Stat::Kind::kLinearHistogram && stats[4].histogram());
+    CHECK(stats[4].kind == Statistic::Kind::kLinearHistogram && stats[4].histogram());
     CHECK_EQ(stats[4].bucket_size, 5u);
     CHECK(stats[4].values == (std::vector<u64>{4, 5}));
-    CHECK(stats[5].kind == Stat::Kind::kOther && stats[5].unit == Stat::Unit::kOther);
+    CHECK(stats[5].kind == Statistic::Kind::kOther && stats[5].unit == Statistic::Unit::kOther);
     CHECK_EQ(stats[5].values.at(0), ~u64{0});
     CHECK_EQ(std::string(to_string(stats[5].unit)), std::string("other"));
     CHECK_EQ(std::string(to_string(stats[3].unit)), std::string("seconds"));
@@ -164,8 +165,8 @@ void test_names() {
     }
 }
 
-const Stat* find(const std::vector<Stat>& stats, std::string_view name) {
-    for (const Stat& stat : stats) {
+const Statistic* find(const std::vector<Statistic>& stats, std::string_view name) {
+    for (const Statistic& stat : stats) {
         if (stat.name == name) return &stat;
     }
     return nullptr;
@@ -189,22 +190,28 @@ void test_kernel() {
     CHECK(!of_vm.read().empty());
     auto before = of_vcpu.read();
     CHECK(before.size() > 10);
-    const Stat* exits = find(before, "exits");
-    CHECK(exits != nullptr && exits->kind == Stat::Kind::kCumulative && exits->values.size() == 1);
-    const Stat* wait = find(before, "halt_wait_ns");
-    CHECK(wait != nullptr && wait->unit == Stat::Unit::kSeconds && wait->exponent == -9);
-    const Stat* histogram = find(before, "halt_wait_hist");
+    const Statistic* exits = find(before, "exits");
+    CHECK(exits != nullptr && exits->kind == Statistic::Kind::kCumulative &&
+          exits->values.size() == 1);
+    const Statistic* wait = find(before, "halt_wait_ns");
+    CHECK(wait != nullptr && wait->unit == Statistic::Unit::kSeconds && wait->exponent == -9);
+    const Statistic* histogram = find(before, "halt_wait_hist");
     CHECK(histogram != nullptr && histogram->histogram() && histogram->values.size() > 8);
     if (exits == nullptr) return;
 
-    // HLT at 0xfffffff0's page, which is no memory: an exit of some kind either way.
-    auto* run = static_cast<kvm_run*>(
-        ::mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu.get(), 0));
-    CHECK(run != MAP_FAILED);
-    ::ioctl(vcpu.get(), KVM_RUN, 0);
+    // Where a CPU starts: out 0x80, al; jmp to it.
+    Mapping code(-1, 0, 4096);
+    std::memcpy(code.data() + 0xff0, "\xe6\x80\xeb\xfc", 4);
+    kvm_userspace_memory_region region{0, 0, 0xffff'f000, 4096, reinterpret_cast<u64>(code.data())};
+    CHECK_EQ(::ioctl(vm.get(), KVM_SET_USER_MEMORY_REGION, &region), 0);
+    Mapping mapping(vcpu.get(), 0, 4096);
+    auto* run = reinterpret_cast<kvm_run*>(mapping.data());
+    for (int i = 0; i < 10; ++i) {
+        CHECK_EQ(::ioctl(vcpu.get(), KVM_RUN, 0), 0);
+        CHECK_EQ(run->exit_reason, u32{KVM_EXIT_IO});
+    }
     auto after = of_vcpu.read();
-    CHECK(find(after, "exits")->values[0] > exits->values[0]);
-    ::munmap(run, 4096);
+    CHECK(find(after, "exits")->values[0] >= exits->values[0] + 10);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ SUITE  := $(PYTEST) -n $(WORKERS) --dist worksteal --benchmark-disable --duratio
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-fast bench lint format fresh setup build build-all wheel asan ubsan tsan clean distclean
+.PHONY: help demo test test-fast test-kvm bench bench-kvm lint format fresh setup build build-all wheel asan ubsan tsan clean distclean
 
 help: ## this list
 	@echo "polyvisor: make TARGET"
@@ -27,6 +27,10 @@ test: build-all ## the whole test suite (PYTEST_ARGS='-k name -x' for a part of 
 
 test-fast: build-all ## the tests that take seconds: no booted kernels, nothing marked slow
 	@timeout --foreground -k 30 600 $(SUITE) -m "not slow and not boot" $(PYTEST_ARGS)
+
+test-kvm: build-all ## the tests that need KVM, of a wheel, on the real kvm-amd in an emulated PC
+	@scripts/system-packages rig
+	@timeout --foreground -k 30 1200 tests/rig/suite $(PYTEST_ARGS)
 
 bench: setup ## run the benchmarks, save them in .benchmarks/, compare with the last saved run
 	@scripts/system-packages bench

@@ -71,9 +71,7 @@ def engine(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(
-    params=["soft", pytest.param("kvm", marks=[pytest.mark.kvm, pytest.mark.kvm_fast])]
-)
+@pytest.fixture(params=["soft", pytest.param("kvm", marks=[pytest.mark.kvm, pytest.mark.kvm_fast])])
 def fast_engine(request: pytest.FixtureRequest) -> str:
     """Each engine's name, for tests whose guests run for long: booted kernels, long loops."""
     name: str = request.param

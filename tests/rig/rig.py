@@ -194,7 +194,7 @@ def last_words(out: Path) -> str:
     for name in ("qemu", "console"):
         if (out / name).exists():
             said += (out / name).read_text(errors="replace")
-    lines = [line for line in said.splitlines() if line.strip()][-30:]
+    lines = [line for line in said.splitlines() if line.strip()][-60:]
     return "; the last it said:\n" + "\n".join(lines) if lines else ""
 
 

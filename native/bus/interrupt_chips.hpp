@@ -35,8 +35,8 @@ class InterruptChips {
     /// interrupts that share one.
     virtual void set_gsi(unsigned gsi, bool level) = 0;
     virtual void set_pic(unsigned irq, bool level) = 0;
-    /// An interrupt message: MSI, or what our own IOAPIC sends.
-    virtual void send_msi(u64 address, u32 data) = 0;
+    /// An interrupt message: MSI, or what our own IOAPIC sends. False: no CPU took it.
+    virtual bool send_msi(u64 address, u32 data) = 0;
     /// The event file descriptor raises this message whenever it is written, until disconnected,
     /// without a thread of ours. Throws HostError. `fd` is not owned.
     virtual void connect_msi(int fd, u64 address, u32 data) = 0;

@@ -5,6 +5,17 @@
 
 namespace polyvisor::irqchip {
 
+Msi to_msi(const ApicMessage& message) {
+    u64 address = 0xfee00000 | (message.destination & 0xff) << 12 | (message.logical ? 4 : 0);
+    address |= static_cast<u64>(message.destination & ~0xffu) << 32;
+    // The hint and a logical destination together ask for one of the CPUs named.
+    if (message.logical && message.mode == DeliveryMode::kLowestPriority) address |= 8;
+    u32 data = message.vector | static_cast<u32>(message.mode) << 8;
+    if (message.assert_level) data |= 1u << 14;
+    if (message.level_triggered) data |= 1u << 15;
+    return {address, data};
+}
+
 void ApicBus::set_lint0(bool level) {
     for (Lapic* lapic : lapics_) lapic->set_lint(0, level);
 }
@@ -14,6 +25,10 @@ void ApicBus::set_lint1(bool level) {
 }
 
 bool ApicBus::deliver(const ApicMessage& message, u32 broadcast) {
+    if (engine_ != nullptr) {
+        Msi msi = to_msi(message);
+        return engine_->send_msi(msi.address, msi.data);
+    }
     if (message.mode != DeliveryMode::kLowestPriority) {
         bool accepted = false;
         for (Lapic* lapic : lapics_) {
@@ -47,7 +62,9 @@ void ApicBus::deliver_to_all(const ApicMessage& message, const Lapic* except) {
 void ApicBus::send(u64 address, u32 data) {
     // SDM 3A 11.11.1: destination id 19:12, redirection hint 3, destination mode 2. The hint asks
     // for one of the CPUs named, which lowest-priority delivery does.
-    if (address >> 20 != 0xfee) {
+    constexpr u64 kWideDestination = 0xffffff00'00000000;
+    u64 low = engine_ != nullptr ? address & ~kWideDestination : address;
+    if (low >> 20 != 0xfee) {
         dropped_.fetch_add(1, std::memory_order_relaxed);
         return;
     }
@@ -68,7 +85,11 @@ void ApicBus::send(u64 address, u32 data) {
         dropped_.fetch_add(1, std::memory_order_relaxed);
         return;
     }
-    deliver(message);
+    if (engine_ != nullptr) {
+        engine_->send_msi(address, data);  // with the destination's upper bits, if it has any
+    } else {
+        deliver(message);
+    }
 }
 
 void ApicBus::broadcast_eoi(u8 vector) {

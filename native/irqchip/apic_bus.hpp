@@ -8,12 +8,17 @@
 //
 // Nothing calls outward with a later lock held: a LAPIC releases its mutex before it broadcasts an
 // EOI to the IOAPIC or acknowledges the PIC.
+//
+// Where an engine has the local APICs (split irqchip), the bus has none, and every message goes to
+// the engine's InterruptChips in the form of an MSI. Their mutex is a leaf in the order above, and
+// they report the end of an interrupt with it released.
 #pragma once
 
 #include <atomic>
 #include <vector>
 
 #include "bus/device.hpp"
+#include "bus/interrupt_chips.hpp"
 #include "bus/interrupts.hpp"
 
 namespace polyvisor::irqchip {
@@ -43,10 +48,22 @@ struct ApicMessage {
     bool assert_level = true;  ///< false only for the INIT level de-assert, which does nothing
 };
 
+/// The address and data that an MSI with this meaning has (SDM 3A 11.11). A destination beyond 8
+/// bits goes to address bits 63..40, as KVM's KVM_CAP_X2APIC_API and the VT-d "extended destination
+/// id" have it.
+struct Msi {
+    u64 address = 0;
+    u32 data = 0;
+    bool operator==(const Msi&) const = default;
+};
+Msi to_msi(const ApicMessage& message);
+
 class ApicBus final : public MsiSink {
   public:
     void attach(Lapic& lapic) { lapics_.push_back(&lapic); }
     void attach(Ioapic& ioapic) { ioapic_ = &ioapic; }
+    /// An engine has the local APICs. Before any message; `chips` outlives the bus's use.
+    void set_engine(InterruptChips& chips) { engine_ = &chips; }
     const std::vector<Lapic*>& lapics() const { return lapics_; }
 
     /// The 8259 pair's INTR output, wired to LINT0 of every local APIC.
@@ -72,6 +89,7 @@ class ApicBus final : public MsiSink {
   private:
     std::vector<Lapic*> lapics_;  // in order of attachment; fixed once the machine runs
     Ioapic* ioapic_ = nullptr;
+    InterruptChips* engine_ = nullptr;
     std::atomic<u32> round_robin_{0};  // breaks ties of lowest-priority delivery
     std::atomic<u64> dropped_{0};
 };

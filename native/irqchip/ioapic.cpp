@@ -25,6 +25,16 @@ bool is_level(u64 entry) {
     return (entry & Ioapic::kLevel) && mode_of(entry) <= DeliveryMode::kLowestPriority;
 }
 
+ApicMessage message_of(u64 entry) {
+    ApicMessage message;
+    message.destination = static_cast<u32>(entry >> 56);
+    message.logical = entry & Ioapic::kLogical;
+    message.mode = mode_of(entry);
+    message.vector = vector_of(entry);
+    message.level_triggered = is_level(entry);
+    return message;
+}
+
 }  // namespace
 
 Ioapic::Ioapic(ApicBus& bus) : bus_(bus) {
@@ -38,6 +48,7 @@ void Ioapic::reset() {
     state_ = {};
     state_.lines = lines;
     for (u64& entry : state_.redirection) entry = kMask;
+    for (unsigned pin = 0; pin < kPins; ++pin) notify(pin);
 }
 
 std::vector<u8> Ioapic::save() const {
@@ -49,15 +60,34 @@ Ioapic::State Ioapic::state() const {
     return state_;
 }
 
+void Ioapic::validate(const State& state) {
+    constexpr auto kName = "ioapic";
+    for (u64 entry : state.redirection) {
+        check_state((entry & ~(kWritable | kReadOnly)) == 0, kName, "redirection");
+    }
+    check_state(state.lines < bit(kPins), kName, "lines");
+    check_state(state.id < 16, kName, "id");
+}
+
 void Ioapic::restore(std::span<const u8> bytes) {
     State state = load_pod<State>(bytes, name());
-    for (u64 entry : state.redirection) {
-        check_state((entry & ~(kWritable | kReadOnly)) == 0, name(), "redirection");
-    }
-    check_state(state.lines < bit(kPins), name(), "lines");
-    check_state(state.id < 16, name(), "id");
+    validate(state);
     std::lock_guard lock(mutex_);
     state_ = state;
+    for (unsigned pin = 0; pin < kPins; ++pin) notify(pin);
+}
+
+void Ioapic::set_observer(Observer observer) {
+    std::lock_guard lock(mutex_);
+    observer_ = std::move(observer);
+    for (unsigned pin = 0; pin < kPins; ++pin) notify(pin);
+}
+
+void Ioapic::notify(unsigned pin) {
+    if (!observer_) return;
+    u64 entry = state_.redirection[pin];
+    ApicMessage message = message_of(entry);
+    observer_(pin, is_level(entry) && !(entry & kMask) ? &message : nullptr);
 }
 
 // Sends the pin's message if it is due.
@@ -65,13 +95,7 @@ void Ioapic::service(unsigned pin) {
     u64& entry = state_.redirection[pin];
     if (entry & kMask) return;
     if (is_level(entry) && ((entry & kRemoteIrr) || !(state_.lines >> pin & 1))) return;
-    ApicMessage message;
-    message.destination = static_cast<u32>(entry >> 56);
-    message.logical = entry & kLogical;
-    message.mode = mode_of(entry);
-    message.vector = vector_of(entry);
-    message.level_triggered = is_level(entry);
-    bool accepted = bus_.deliver(message);
+    bool accepted = bus_.deliver(message_of(entry));
     if (accepted && is_level(entry)) entry |= kRemoteIrr;
 }
 
@@ -124,6 +148,7 @@ void Ioapic::write_register(u8 index, u32 value) {
     entry = (entry & ~writable) | (written & writable);
     // Going to edge mode forgets the level interrupt in service; drivers use it to recover a pin.
     if (!is_level(entry)) entry &= ~kRemoteIrr;
+    notify(pin);  // first: the end of the interrupt must find its way back
     if (is_level(entry)) service(pin);
 }
 

@@ -1,10 +1,12 @@
-// The 82093AA I/O APIC, version 0x20 (with the EOI register): 24 inputs, each with a redirection
-// entry that says which message its activation becomes.
+// The 82093AA I/O APIC: 24 inputs, each with a redirection entry that says which message its
+// activation becomes. It has the EOI register of later ones too, but does not claim so: the version
+// is that of KVM's in-kernel IOAPIC, which has none, and a guest may move from one to the other.
 //
 // Attach 4 KiB at 0xfec00000. Registers: 0x00 index, 0x10 window, 0x40 EOI.
 #pragma once
 
 #include <array>
+#include <functional>
 #include <mutex>
 
 #include "bus/device.hpp"
@@ -15,7 +17,7 @@ namespace polyvisor::irqchip {
 class Ioapic final : public Device {
   public:
     static constexpr unsigned kPins = 24;
-    static constexpr u32 kVersion = 0x20;
+    static constexpr u32 kVersion = 0x11;
 
     /// Redirection entry bits (82093AA 3.2.4).
     static constexpr u64 kDelivStatus = bit(12), kActiveLow = bit(13), kRemoteIrr = bit(14),
@@ -43,8 +45,16 @@ class Ioapic final : public Device {
     /// A local APIC ended `vector`: clears remote IRR, delivers again what is still asserted.
     void eoi(u8 vector);
     State state() const;
+    /// Throws StateError for a state that this chip cannot have.
+    static void validate(const State& state);
+
+    /// Called with a pin and the message it sends while level-triggered and unmasked (nullptr
+    /// otherwise) whenever that may have changed, under the mutex; and at once for every pin.
+    using Observer = std::function<void(unsigned pin, const ApicMessage* message)>;
+    void set_observer(Observer observer);
 
   private:
+    void notify(unsigned pin);
     u32 read_register(u8 index) const;
     void write_register(u8 index, u32 value);
     void service(unsigned pin);
@@ -53,6 +63,7 @@ class Ioapic final : public Device {
     ApicBus& bus_;
     mutable std::mutex mutex_;  // after Pic's, before Lapic's
     State state_{};
+    Observer observer_;
 };
 
 }  // namespace polyvisor::irqchip

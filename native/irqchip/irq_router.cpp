@@ -32,7 +32,8 @@ class IrqRouter::Source final : public IrqLine {
     bool level_ = false;  // under the router's mutex
 };
 
-IrqRouter::IrqRouter(Pic* pic, Ioapic* ioapic) : pic_(pic), ioapic_(ioapic) {
+IrqRouter::IrqRouter(Pic* pic, Ioapic* ioapic, InterruptChips* engine)
+    : pic_(pic), ioapic_(ioapic), engine_(engine) {
     for (unsigned pin = 0; pin < kGsis; ++pin)
         pic_irq_[pin] = pin < 16 ? static_cast<u8>(pin) : kNoPic;
     pic_irq_[0] = kNoPic;  // pin 0 is not wired
@@ -56,7 +57,7 @@ void IrqRouter::route_pci(unsigned gsi, u8 pic_irq) {
     std::lock_guard lock(mutex_);
     u8 before = pic_irq_[gsi];
     pic_irq_[gsi] = pic_irq;
-    if (pic_ != nullptr && before != kNoPic) pic_->set_irq(before, pic_level(before));
+    if (before != kNoPic) drive_pic(before);
     drive(gsi);
 }
 
@@ -78,9 +79,17 @@ bool IrqRouter::pic_level(u8 irq) const {
     return false;
 }
 
+void IrqRouter::drive_pic(u8 irq) {
+    if (pic_ != nullptr) pic_->set_irq(irq, pic_level(irq));
+    if (engine_ != nullptr) engine_->set_pic(irq, pic_level(irq));
+}
+
 void IrqRouter::drive(unsigned pin) {
     u8 irq = pic_irq_[pin];
-    if (pic_ != nullptr && irq != kNoPic) pic_->set_irq(irq, pic_level(irq));
+    // An engine's GSI drives both chips. Where a PCI interrupt shares the 8259 input with an ISA
+    // one, the input may fall for a moment and rise again, which level-triggered inputs do not mind.
+    if (engine_ != nullptr) engine_->set_gsi(pin == kTimerPin ? 0 : pin, active_[pin] != 0);
+    if (irq != kNoPic) drive_pic(irq);
     if (ioapic_ != nullptr) ioapic_->set_irq(pin, active_[pin] != 0);
 }
 

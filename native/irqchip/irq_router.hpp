@@ -13,6 +13,7 @@
 #include <mutex>
 
 #include "bus/device.hpp"
+#include "bus/interrupt_chips.hpp"
 #include "irqchip/ioapic.hpp"
 #include "irqchip/pic.hpp"
 
@@ -22,8 +23,9 @@ class IrqRouter {
   public:
     static constexpr unsigned kGsis = Ioapic::kPins;
 
-    /// Either chip may be null (a machine without it).
-    IrqRouter(Pic* pic, Ioapic* ioapic);
+    /// Any of them may be null: a machine without that chip. `engine`: has both chips itself, then
+    /// the others are null.
+    IrqRouter(Pic* pic, Ioapic* ioapic, InterruptChips* engine = nullptr);
 
     /// A new source on `gsi`; destroying it releases the wire. The router outlives it. Throws
     /// ConfigError for a GSI that does not exist.
@@ -37,10 +39,12 @@ class IrqRouter {
     class Source;
     void change(unsigned pin, bool active);
     void drive(unsigned pin);
+    void drive_pic(u8 irq);
     bool pic_level(u8 irq) const;
 
     Pic* pic_;
     Ioapic* ioapic_;
+    InterruptChips* engine_;
     std::mutex mutex_;                 // after a device's, before Pic's and Ioapic's
     std::array<u32, kGsis> active_{};  // by IOAPIC pin: sources that hold the wire
     std::array<u8, kGsis> pic_irq_;    // by IOAPIC pin: 8259 input

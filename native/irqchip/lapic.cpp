@@ -46,13 +46,17 @@ void Lapic::reset_registers() {
     timer_.disarm();
 }
 
+void Lapic::set_virtual_wire(State& state) {
+    state.svr = 0x1ff;
+    state.lvt[kLint0] = static_cast<u32>(DeliveryMode::kExtInt) << 8;
+    state.lvt[kLint1] = static_cast<u32>(DeliveryMode::kNmi) << 8;
+}
+
 void Lapic::set_virtual_wire() {
     Outcome out;
     {
         std::lock_guard lock(mutex_);
-        state_.svr = 0x1ff;
-        state_.lvt[kLint0] = static_cast<u32>(DeliveryMode::kExtInt) << 8;
-        state_.lvt[kLint1] = static_cast<u32>(DeliveryMode::kNmi) << 8;
+        set_virtual_wire(state_);
         update(out);
     }
     finish(out);
@@ -337,20 +341,19 @@ std::vector<u8> Lapic::save() const {
     return save_pod(state());
 }
 
-void Lapic::restore(std::span<const u8> bytes) {
+void Lapic::validate(const State& state, const Config& config) {
     constexpr auto kName = "lapic";
-    State state = load_pod<State>(bytes, kName);
-    u64 base_bits = kBaseBsp | kBaseEnable | kBaseX2apic | base_address_mask(config_.physical_bits);
+    u64 base_bits = kBaseBsp | kBaseEnable | kBaseX2apic | base_address_mask(config.physical_bits);
     check_state((state.apic_base & ~base_bits) == 0, kName, "apic_base");
     bool x2apic = state.apic_base & kBaseX2apic;
-    check_state(!x2apic || (config_.x2apic && (state.apic_base & kBaseEnable)), kName, "apic_base");
-    check_state(state.id == config_.id, kName, "id");
+    check_state(!x2apic || (config.x2apic && (state.apic_base & kBaseEnable)), kName, "apic_base");
+    check_state(state.id == config.id, kName, "id");
     check_state(state.tpr <= 0xff, kName, "tpr");
     check_state((state.ldr & 0xffffff) == 0, kName, "ldr");
     check_state((state.dfr & 0x0fffffff) == 0x0fffffff, kName, "dfr");
     check_state((state.svr & ~kSvrWritable) == 0, kName, "svr");
     for (unsigned i = 0; i < kLvtCount; ++i) {
-        check_state((state.lvt[i] & ~(lvt_writable(i, config_) | kLvtRemoteIrr)) == 0, kName,
+        check_state((state.lvt[i] & ~(lvt_writable(i, config) | kLvtRemoteIrr)) == 0, kName,
                     "lvt");
     }
     check_state((state.divide & ~0xbu) == 0, kName, "divide");
@@ -359,6 +362,11 @@ void Lapic::restore(std::span<const u8> bytes) {
     bool ordered = static_cast<s64>(state.timer_deadline - state.timer_start) >= 0;
     check_state(!counting || (state.initial_count != 0 && ordered), kName, "timer_deadline");
     check_state(state.lint < 4 && state.ext_int < 2, kName, "lint");
+}
+
+void Lapic::restore(std::span<const u8> bytes) {
+    State state = load_pod<State>(bytes, "lapic");
+    validate(state, config_);
     Outcome out;
     {
         std::lock_guard lock(mutex_);

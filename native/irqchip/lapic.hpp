@@ -110,6 +110,12 @@ class Lapic final : public LocalInterrupts {
     /// Throws StateError, changing nothing, for a state this LAPIC cannot have. Restore the Clock
     /// first.
     void restore(std::span<const u8> state);
+    /// Throws StateError for a state that a LAPIC of this configuration cannot have.
+    static void validate(const State& state, const Config& config);
+    /// What set_virtual_wire() does, on a State.
+    static void set_virtual_wire(State& state);
+    /// The bits of an LVT entry that a guest can write.
+    static u32 lvt_writable(unsigned which, const Config& config);
 
   private:
     struct Outcome;  // what to do once the mutex is released

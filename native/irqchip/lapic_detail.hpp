@@ -57,19 +57,4 @@ inline u64 base_address_mask(u8 physical_bits) {
     return (bit(physical_bits) - 1) & ~kPageMask;
 }
 
-/// The bits of an LVT entry that can be written.
-inline u32 lvt_writable(unsigned which, const Lapic::Config& config) {
-    switch (which) {
-        case Lapic::kTimer:
-            return 0xff | kLvtMasked | (1u << 17) | (config.tsc_deadline ? 1u << 18 : 0);
-        case Lapic::kLint0:
-        case Lapic::kLint1:
-            return 0x7ff | kLvtPolarity | kLvtLevel | kLvtMasked;
-        case Lapic::kError:
-            return 0xff | kLvtMasked;
-        default:
-            return 0x7ff | kLvtMasked;
-    }
-}
-
 }  // namespace polyvisor::irqchip

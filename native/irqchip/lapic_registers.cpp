@@ -24,6 +24,20 @@ static_assert(Lapic::kTimer == 0 && Lapic::kError == 5);
 
 }  // namespace
 
+u32 Lapic::lvt_writable(unsigned which, const Config& config) {
+    switch (which) {
+        case kTimer:
+            return 0xff | kLvtMasked | (1u << 17) | (config.tsc_deadline ? 1u << 18 : 0);
+        case kLint0:
+        case kLint1:
+            return 0x7ff | kLvtPolarity | kLvtLevel | kLvtMasked;
+        case kError:
+            return 0xff | kLvtMasked;
+        default:
+            return 0x7ff | kLvtMasked;
+    }
+}
+
 void Lapic::update_mmio_base() {
     u64 base = state_.apic_base & base_address_mask(config_.physical_bits);
     bool page = hardware_enabled() && !in_x2apic();
@@ -43,7 +57,10 @@ bool Lapic::write_apic_base(u64 value, Outcome& out) {
     bool was_enabled = hardware_enabled();
     state_.apic_base = value;
     if (was_enabled && !enable) reset_registers();
-    if (x2 && !was_x2) state_.icr &= 0xffffffff;  // the destination has another format now
+    if (x2 && !was_x2) {
+        state_.icr &= 0xffffffff;  // the destination has another format now
+        state_.ldr = 0;            // follows from the id as long as this mode lasts
+    }
     update_mmio_base();
     update(out);
     return true;

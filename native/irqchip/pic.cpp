@@ -65,20 +65,30 @@ std::vector<u8> Pic::save() const {
     return save_pod(state());
 }
 
-void Pic::restore(std::span<const u8> bytes) {
-    State state = load_pod<State>(bytes, name());
+void Pic::validate(const State& state) {
+    constexpr auto kName = "pic";
     for (const Chip& chip : state.chips) {
-        check_state(chip.lowest < 8, name(), "lowest");
-        check_state(chip.init_step == 0 || (chip.init_step >= 2 && chip.init_step <= 4), name(),
+        check_state(chip.lowest < 8, kName, "lowest");
+        check_state(chip.init_step == 0 || (chip.init_step >= 2 && chip.init_step <= 4), kName,
                     "init_step");
-        check_state((chip.vector_base & 7) == 0, name(), "vector_base");
+        check_state((chip.vector_base & 7) == 0, kName, "vector_base");
+        for (u8 flag : {chip.icw4_needed, chip.single, chip.level_mode, chip.auto_eoi,
+                        chip.rotate_on_auto_eoi, chip.fully_nested, chip.special_mask, chip.poll,
+                        chip.read_isr}) {
+            check_state(flag <= 1, kName, "flags");
+        }
     }
     for (unsigned i = 0; i < 2; ++i) {
-        check_state((state.chips[i].elcr & ~kElcrMask[i]) == 0, name(), "elcr");
+        check_state((state.chips[i].elcr & ~kElcrMask[i]) == 0, kName, "elcr");
     }
+}
+
+void Pic::restore(std::span<const u8> bytes) {
+    State state = load_pod<State>(bytes, name());
+    validate(state);
     std::lock_guard lock(mutex_);
     state_ = state;
-    update();
+    update(true);  // what hangs on the output was restored too, perhaps from another board
 }
 
 Pic::State Pic::state() const {
@@ -110,8 +120,8 @@ void Pic::set_input(Chip& chip, unsigned input, bool level) {
 }
 
 // The input for which the chip raises INT, or -1.
-int Pic::requesting(unsigned which) const {
-    const Chip& chip = state_.chips[which];
+int Pic::requesting(const State& state, unsigned which) {
+    const Chip& chip = state.chips[which];
     if (chip.init_step != 0) return -1;
     unsigned wanted = priority_of(chip, chip.irr & ~chip.imr);
     u8 serving = chip.isr;
@@ -123,13 +133,17 @@ int Pic::requesting(unsigned which) const {
     return static_cast<int>(input_at(chip, wanted));
 }
 
-void Pic::update() {
+bool Pic::settle(State& state) {
     u8 cascade = 1u << kCascade;
-    Chip& master = state_.chips[0];
-    bool slave = requesting(1) >= 0;
+    Chip& master = state.chips[0];
+    bool slave = requesting(state, 1) >= 0;
     master.irr = static_cast<u8>(slave ? master.irr | cascade : master.irr & ~cascade);
-    bool level = requesting(0) >= 0;
-    if (level == output_) return;
+    return requesting(state, 0) >= 0;
+}
+
+void Pic::update(bool report) {
+    bool level = settle(state_);
+    if (level == output_ && !report) return;
     output_ = level;
     if (output_callback_) output_callback_(level);
 }
@@ -139,7 +153,7 @@ int Pic::acknowledge() {
     Chip& master = state_.chips[0];
     Chip& slave = state_.chips[1];
     int vector;
-    int input = requesting(0);
+    int input = requesting(state_, 0);
     if (input < 0) {
         vector = master.vector_base + 7;  // the request went away: spurious, not in service
     } else if (input != static_cast<int>(kCascade)) {
@@ -147,7 +161,7 @@ int Pic::acknowledge() {
         vector = master.vector_base + input;
     } else {
         serve(master, kCascade);
-        int behind = requesting(1);
+        int behind = requesting(state_, 1);
         if (behind >= 0) serve(slave, static_cast<unsigned>(behind));
         vector = slave.vector_base + (behind >= 0 ? behind : 7);
     }
@@ -157,7 +171,7 @@ int Pic::acknowledge() {
 
 // OCW3 poll: the read takes the place of an acknowledge.
 int Pic::poll(unsigned which) {
-    int input = requesting(which);
+    int input = requesting(state_, which);
     if (input < 0) return 0;
     serve(state_.chips[which], static_cast<unsigned>(input));
     return 0x80 | input;

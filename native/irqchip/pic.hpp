@@ -62,6 +62,10 @@ class Pic final : public Device, public ExtIntSource {
     int acknowledge() override;
     bool output() const;
     State state() const;
+    /// Throws StateError for a state that these chips cannot have.
+    static void validate(const State& state);
+    /// Recomputes the cascade input of the master from the slave; the INTR level that follows.
+    static bool settle(State& state);
 
   private:
     u8 read_chip(unsigned which, unsigned port);
@@ -69,10 +73,10 @@ class Pic final : public Device, public ExtIntSource {
     void write_icw1(Chip& chip, u8 value);
     void write_icw(Chip& chip, u8 value);
     void write_ocw2(Chip& chip, u8 value);
-    int requesting(unsigned which) const;
+    static int requesting(const State& state, unsigned which);
     int poll(unsigned which);
     void set_input(Chip& chip, unsigned input, bool level);
-    void update();
+    void update(bool report = false);
 
     mutable std::mutex mutex_;  // after IrqRouter's, before Ioapic's and Lapic's
     std::function<void(bool)> output_callback_;

@@ -14,12 +14,6 @@ using Channel = Pit::Channel;
 
 constexpr u64 kBillion = 1'000'000'000;
 
-// The first nanosecond of a tick.
-Nanoseconds time_of(u64 tick) {
-    return static_cast<u64>((static_cast<u128>(tick) * kBillion + Pit::kFrequency - 1) /
-                            Pit::kFrequency);
-}
-
 bool is_periodic(const Channel& channel) {
     return channel.mode == 2 || channel.mode == 3;
 }
@@ -84,15 +78,6 @@ bool output(const Channel& channel, u64 now) {
     }
 }
 
-// The first tick after `now` at which the output rises, or kNever.
-u64 next_rise(const Channel& channel, u64 now) {
-    if (!channel.running || !channel.gate) return kNever;
-    u64 first = channel.start + channel.reload + (channel.mode >= 4 ? 1 : 0);
-    if (now < first) return first;
-    if (!is_periodic(channel)) return kNever;
-    return channel.start + ((now - channel.start) / channel.reload + 1) * channel.reload;
-}
-
 u16 to_bcd(u32 value) {
     return static_cast<u16>(value / 1000 % 10 << 12 | value / 100 % 10 << 8 | value / 10 % 10 << 4 |
                             value % 10);
@@ -147,8 +132,20 @@ Pit::Pit(Clock& clock, IrqLine& irq0)
     reset();
 }
 
-u64 Pit::tick() const {
-    return static_cast<u64>(static_cast<u128>(clock_.now()) * kFrequency / kBillion);
+u64 Pit::tick_at(Nanoseconds now) {
+    return static_cast<u64>(static_cast<u128>(now) * kFrequency / kBillion);
+}
+
+Nanoseconds Pit::time_of(u64 tick) {
+    return static_cast<u64>((static_cast<u128>(tick) * kBillion + kFrequency - 1) / kFrequency);
+}
+
+u64 Pit::next_rise(const Channel& channel, u64 now) {
+    if (!channel.running || !channel.gate) return kNever;
+    u64 first = channel.start + channel.reload + (channel.mode >= 4 ? 1 : 0);
+    if (now < first) return first;
+    if (!is_periodic(channel)) return kNever;
+    return channel.start + ((now - channel.start) / channel.reload + 1) * channel.reload;
 }
 
 void Pit::reset() {
@@ -167,19 +164,28 @@ Pit::State Pit::state() const {
     return state_;
 }
 
-void Pit::restore(std::span<const u8> bytes) {
-    State state = load_pod<State>(bytes, name());
+void Pit::validate(const State& state) {
+    constexpr auto kName = "pit";
     for (const Channel& channel : state.channels) {
         u32 limit = channel.bcd ? 10'000 : 0x10000;
-        check_state(channel.mode <= 5, name(), "mode");
-        check_state(channel.access >= 1 && channel.access <= 3, name(), "access");
-        check_state(channel.bcd <= 1 && channel.gate <= 1, name(), "bcd");
-        check_state(channel.reload <= limit && channel.next_reload <= limit, name(), "reload");
-        check_state(!channel.running || channel.reload != 0, name(), "running");
-        check_state(channel.switch_at == 0 || channel.next_reload != 0, name(), "switch_at");
-        check_state(channel.start < bit(62) && channel.switch_at < bit(62), name(), "start");
+        check_state(channel.mode <= 5, kName, "mode");
+        check_state(channel.access >= 1 && channel.access <= 3, kName, "access");
+        for (u8 flag : {channel.bcd, channel.gate, channel.running, channel.latched,
+                        channel.status_latched, channel.write_high_next, channel.read_high_next,
+                        channel.programmed}) {
+            check_state(flag <= 1, kName, "flags");
+        }
+        check_state(channel.reload <= limit && channel.next_reload <= limit, kName, "reload");
+        check_state(!channel.running || channel.reload != 0, kName, "running");
+        check_state(channel.switch_at == 0 || channel.next_reload != 0, kName, "switch_at");
+        check_state(channel.start < bit(62) && channel.switch_at < bit(62), kName, "start");
     }
-    check_state(state.backlog <= kMaxBacklog, name(), "backlog");
+    check_state(state.backlog <= kMaxBacklog, kName, "backlog");
+}
+
+void Pit::restore(std::span<const u8> bytes) {
+    State state = load_pod<State>(bytes, name());
+    validate(state);
     std::lock_guard lock(mutex_);
     state_ = state;
     if (state_.next_edge == kNever && state_.backlog == 0) {
@@ -284,6 +290,7 @@ void Pit::write_control(u8 value, u64 now) {
     channel.gate = gate;
     channel.reload = reload;  // still shown until a new count is loaded
     channel.access = access;
+    channel.programmed = 1;
     channel.mode = (value >> 1) & 7;
     if (channel.mode > 5) channel.mode -= 4;  // 6 and 7 are 2 and 3
     channel.bcd = value & 1;

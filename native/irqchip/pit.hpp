@@ -43,7 +43,8 @@ class Pit final : public Device {
         u8 status_latched = 0;
         u8 write_high_next = 0;
         u8 read_high_next = 0;
-        u8 reserved[3] = {};
+        u8 programmed = 0;  ///< a control word was written since power-on
+        u8 reserved[2] = {};
     };
     struct State {
         Channel channels[3];
@@ -63,8 +64,17 @@ class Pit final : public Device {
     void restore(std::span<const u8> state) override;
     State state() const;
 
+    /// Throws StateError for a state that this chip cannot have.
+    static void validate(const State& state);
+    /// The tick that virtual time `now` is in.
+    static u64 tick_at(Nanoseconds now);
+    /// The first nanosecond of a tick.
+    static Nanoseconds time_of(u64 tick);
+    /// The first tick after `now` at which the channel's output rises, or kNever.
+    static u64 next_rise(const Channel& channel, u64 now);
+
   private:
-    u64 tick() const;
+    u64 tick() const { return tick_at(clock_.now()); }
     u8 read_counter(Channel& channel, u64 now);
     void write_counter(unsigned index, u8 value, u64 now);
     void write_control(u8 value, u64 now);

@@ -1,7 +1,7 @@
 // KVM's in-kernel interrupt chips behind InterruptChips: all of them (kKernel), or the local APICs
-// alone with our IOAPIC, 8259s and PIT (kSplit).
+// alone with our IOAPIC, 8259s and PIT (kSplit). State is moved in chips_state.cpp.
 //
-// GSIs of the routing table, kKernel:  0..15   8259 input n and IOAPIC pin n (0: pin 2)
+// GSIs of the routing table, kKernel:  0..15   8259 input n and IOAPIC pin n (0: pin 2; 2: nothing)
 //                                      16..23  IOAPIC pin n
 //                                      24..39  8259 input n - 24 alone
 //                              kSplit: 0..23   what our IOAPIC's pins send, for KVM's EOI exits
@@ -11,12 +11,15 @@
 #include <array>
 #include <map>
 #include <mutex>
+#include <vector>
 
-#include "base/fd.hpp"
 #include "bus/interrupt_chips.hpp"
+#include "irqchip/lapic.hpp"
+#include "irqchip/pit.hpp"
 
 namespace polyvisor::kvm {
 
+class KvmVcpu;
 class Vm;
 
 class Chips final : public InterruptChips {
@@ -30,7 +33,7 @@ class Chips final : public InterruptChips {
     IrqchipMode mode() const override;
     void set_gsi(unsigned gsi, bool level) override;
     void set_pic(unsigned irq, bool level) override;
-    void send_msi(u64 address, u32 data) override;
+    bool send_msi(u64 address, u32 data) override;
     void connect_msi(int fd, u64 address, u32 data) override;
     void disconnect_msi(int fd) override;
     void set_ioapic_pin(unsigned pin, u64 address, u32 data, bool enabled) override;
@@ -40,21 +43,56 @@ class Chips final : public InterruptChips {
 
     /// KVM_EXIT_IOAPIC_EOI.
     void ended(u8 vector);
+    /// The CPU's TSC was moved against the host's: KVM keeps a TSC deadline as the host's time, and
+    /// has to be told again. On the vCPU's thread, before it enters the guest.
+    void tsc_moved(u32 cpu);
 
   private:
-    struct Msi {
-        u64 address;
-        u32 data;
+    struct Message {
+        u64 address = 0;
+        u32 data = 0;
+        bool operator==(const Message&) const = default;
+    };
+    struct Irqfd {
+        Message message;
         unsigned gsi;
     };
+    /// What KVM has no place for, kept from restore() until the machine's time goes on.
+    struct Kept {
+        u64 at = 0;  ///< virtual ns of the restore
+        bool valid = false;
+        u64 deadline = 0;  ///< guest's TSC; 0: KVM has it
+        irqchip::Lapic::State state{};
+    };
+
+    void drive(unsigned gsi, bool level);
     void write_routes();
+    irqchip::Lapic::Config lapic_config(u32 cpu) const;
+    const KvmVcpu& vcpu(u32 cpu) const;
+    bool untouched_since(u64 at) const;
+    std::vector<u8> save_lapic(u32 cpu) const;
+    void restore_lapic(u32 cpu, std::span<const u8> bytes);
+    std::vector<u8> save_ioapic() const;
+    void restore_ioapic(std::span<const u8> bytes);
+    std::vector<u8> save_pic() const;
+    void restore_pic(std::span<const u8> bytes);
+    std::vector<u8> save_pit() const;
+    void restore_pit(std::span<const u8> bytes);
 
     Vm& vm_;
     mutable std::mutex mutex_;  // a leaf; not held while the EOI handler runs
-    std::map<int, Msi> fds_;    // irqfds by file descriptor
-    std::array<Msi, kPins> pins_{};
-    u32 enabled_pins_ = 0;
+    u32 pin_wires_ = 0;            // levels, by IOAPIC pin
+    u32 pic_wires_ = 0;            // levels, by 8259 input
+    std::map<int, Irqfd> irqfds_;  // by file descriptor
+    // kSplit: what our IOAPIC's pins send, and what of it the kernel was told.
+    std::array<Message, kPins> pins_{}, told_pins_{};
     std::function<void(u8)> eoi_handler_;
+    std::vector<Kept> kept_lapics_;
+    struct {
+        u64 at = 0;
+        bool valid = false;
+        irqchip::Pit::State state{};
+    } kept_pit_;
 };
 
 }  // namespace polyvisor::kvm

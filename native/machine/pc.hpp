@@ -71,10 +71,11 @@ class Pc {
        std::function<void(StopInfo)> end);
     ~Pc();
 
-    /// What the vCPU asks for interrupts, for Engine::create_vcpu().
-    LocalInterrupts* interrupts(u32 cpu) { return lapics_[cpu].get(); }
+    /// What the vCPU asks for interrupts, for Engine::create_vcpu(): its local APIC; where the
+    /// engine has those, the 8259 pair for CPU 0 in mode kSplit, else nullptr.
+    LocalInterrupts* interrupts(u32 cpu);
     /// The vCPU that the CPU's interrupts are signalled to.
-    void connect(u32 cpu, CpuSignals& signals) { lapics_[cpu]->connect(signals); }
+    void connect(u32 cpu, CpuSignals& signals);
     irqchip::IrqRouter& irqs() { return router_; }
     MsiSink& msi() { return apic_bus_; }
     pci::HostBridge& pci() { return *host_bridge_; }
@@ -84,7 +85,7 @@ class Pc {
     const std::shared_ptr<SerialConsole>& debug_console() { return debug_output_; }
 
     /// What firmware leaves behind: PCI devices placed, the 8259s wired through the boot CPU's
-    /// LINT0. Once, before the machine first runs.
+    /// LINT0. Once, when all vCPUs exist and before the machine first runs.
     void finish_wiring();
     /// Passes on all output that chips still collect.
     void flush();
@@ -98,11 +99,21 @@ class Pc {
     std::vector<Part> parts();
 
   private:
+    class IntrWire;
+    void build_chips(const PcConfig& config, Clock& clock, Bus& pio, Bus& mmio, Log& log);
+    void wire_engine_lapics();
+    std::vector<u8> save_engine_lapic(u32 cpu) const;
+    bool intr() const;
+    IrqLine& line(unsigned gsi);
     void claim(Bus& bus, u64 start, u64 size, std::shared_ptr<Device> device, u64 base = 0);
 
     std::vector<std::pair<Bus*, u64>> claims_;
+    const u32 cpus_;
+    InterruptChips* const chips_;
     irqchip::ApicBus apic_bus_;
+    // Of the interrupt chips, those that the engine has are empty.
     std::vector<std::unique_ptr<irqchip::Lapic>> lapics_;
+    std::unique_ptr<IntrWire> intr_;
     std::shared_ptr<irqchip::Ioapic> ioapic_;
     std::shared_ptr<irqchip::Pic> pic_;
     irqchip::IrqRouter router_;

@@ -98,27 +98,27 @@ void check_shape(Machine& machine, const Snapshot& snapshot, const std::vector<P
     if (!same) throw StateError("devices", "the snapshot is of a machine with other devices");
 }
 
-// Applies the parts' and then the CPUs' states; when one refuses, undoes what was done.
+// Applies the CPUs' and then the parts' states; when one refuses, undoes what was done. A CPU comes
+// before its local APIC: an engine's may share registers with it (CR8, IA32_APIC_BASE), compares its
+// TSC deadline with the CPU's TSC, and raises its interrupts at once.
 void restore_parts(Machine& machine, const std::vector<Pc::Part>& parts, const Snapshot& snapshot) {
-    std::vector<std::function<void()>> undo;
+    std::vector<CpuState> cpus_before;
+    std::vector<std::vector<u8>> parts_before;
+    const u32 cpus = static_cast<u32>(snapshot.cpus.size());
+    for (u32 cpu = 0; cpu < cpus; ++cpu) cpus_before.push_back(machine.vcpu(cpu).save());
+    for (const Pc::Part& part : parts) parts_before.push_back(part.save());
+    u32 cpus_done = 0;
+    std::size_t parts_done = 0;
     try {
-        for (std::size_t i = 0; i < parts.size(); ++i) {
-            auto before = parts[i].save();
-            parts[i].restore(snapshot.parts[i].state);
-            undo.push_back(
-                [&part = parts[i], before = std::move(before)] { part.restore(before); });
+        for (; cpus_done < cpus; ++cpus_done) {
+            machine.vcpu(cpus_done).restore(snapshot.cpus[cpus_done]);
         }
-        for (u32 cpu = 0; cpu < snapshot.cpus.size(); ++cpu) {
-            Vcpu& vcpu = machine.vcpu(cpu);
-            CpuState before = vcpu.save();
-            vcpu.restore(snapshot.cpus[cpu]);
-            undo.push_back([&vcpu, before] { vcpu.restore(before); });
+        for (; parts_done < parts.size(); ++parts_done) {
+            parts[parts_done].restore(snapshot.parts[parts_done].state);
         }
-    } catch (const Error&) {
-        while (!undo.empty()) {
-            undo.back()();
-            undo.pop_back();
-        }
+    } catch (const Error&) {  // in the same order, and for the same reasons
+        for (u32 cpu = 0; cpu < cpus_done; ++cpu) machine.vcpu(cpu).restore(cpus_before[cpu]);
+        for (std::size_t i = 0; i < parts_done; ++i) parts[i].restore(parts_before[i]);
         throw;
     }
 }

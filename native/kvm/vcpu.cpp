@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "kvm/bus_hooks.hpp"
+#include "kvm/chips.hpp"
 #include "kvm/cpu_state.hpp"
 #include "kvm/exit_names.hpp"
 #include "kvm/ioctl.hpp"
@@ -321,14 +322,15 @@ void KvmVcpu::sync_tsc(bool anew) {
         attribute.attr = KVM_VCPU_TSC_OFFSET;
         attribute.addr = reinterpret_cast<u64>(&kernel_offset_);
         call_ioctl(fd(), KVM_SET_DEVICE_ATTR, &attribute);
-        return;
+    } else {
+        constexpr u32 kTscMsr = 0x10;
+        WithEntries<kvm_msrs> msrs(1);
+        msrs->nmsrs = 1;
+        msrs->entries[0].index = kTscMsr;
+        msrs->entries[0].data = vm_.config().clock.tsc() + tsc_offset_;
+        call_ioctl(fd(), KVM_SET_MSRS, msrs.head());
     }
-    constexpr u32 kTscMsr = 0x10;
-    WithEntries<kvm_msrs> msrs(1);
-    msrs->nmsrs = 1;
-    msrs->entries[0].index = kTscMsr;
-    msrs->entries[0].data = vm_.config().clock.tsc() + tsc_offset_;
-    call_ioctl(fd(), KVM_SET_MSRS, msrs.head());
+    if (vm_.chips() != nullptr) vm_.chips()->tsc_moved(id_);
 }
 
 // --- State ---------------------------------------------------------------------------------------

@@ -78,6 +78,7 @@ void Pic::validate(const State& state) {
             check_state(flag <= 1, kName, "flags");
         }
     }
+    check_state((state.chips[0].lines & 1u << kCascade) == 0, kName, "lines");
     for (unsigned i = 0; i < 2; ++i) {
         check_state((state.chips[i].elcr & ~kElcrMask[i]) == 0, kName, "elcr");
     }

@@ -37,11 +37,17 @@ void choose_tsc(MachineConfig& config, const EngineOffer& offer) {
     u64 off = std::max(config.tsc_khz, offer.native_tsc_khz) -
               std::min(config.tsc_khz, offer.native_tsc_khz);
     if (off * 1'000'000 <= offer.native_tsc_khz * kTolerance) return;
-    throw ConfigError("tsc_khz",
-                      "engine " + config.engine +
-                          " cannot scale the TSC on this host: " + std::to_string(config.tsc_khz) +
-                          " kHz is not its own " + std::to_string(offer.native_tsc_khz) +
-                          " kHz; leave tsc_khz out, or take engine soft");
+    std::string wanted = std::to_string(config.tsc_khz) + " kHz";
+    std::string own = std::to_string(offer.native_tsc_khz) + " kHz";
+    if (config.portable) {
+        throw ConfigError("tsc_khz", "a portable machine's TSC runs at " + own + " here, as an " +
+                                         "engine cannot scale it to " + wanted +
+                                         "; leave tsc_khz out");
+    }
+    throw ConfigError("tsc_khz", "engine " + config.engine +
+                                     " cannot scale the TSC on this host: " + wanted +
+                                     " is not its own " + own +
+                                     "; leave tsc_khz out, or take engine soft");
 }
 
 IrqchipMode choose_irqchip(const MachineConfig& config, const EngineOffer& offer) {
@@ -76,8 +82,10 @@ Machine::Machine(MachineConfig config)
     }
     EngineOffer offer;
     if (!config_.make_engine) {
-        config_.engine = resolve_engine(config_.engine);
-        offer = engine_offer(config_.engine);
+        EngineChoice choice = choose_engine(config_.engine, config_.deterministic);
+        if (!choice.note.empty()) log_.note("engine", choice.note);
+        config_.engine = choice.name;
+        offer = engine_offer(config_.engine, config_.portable);
     }
     choose_tsc(config_, offer);
     clock_.set_tsc_khz(config_.tsc_khz);
@@ -90,7 +98,11 @@ Machine::Machine(MachineConfig config)
         cpuid.cpus = config_.cpus;
         cpuid.tsc_khz = config_.tsc_khz;
     } else {
-        cpuid = make_cpuid_policy(config_.cpu_model, offer.features, config_.cpus, config_.tsc_khz);
+        FeatureSet features = offer.features;
+        if (irqchip != IrqchipMode::kUser) features = features | offer.irqchip_features;
+        CpuidOptions options{offer.physical_bits, offer.arch_capabilities, config_.cpu_features};
+        cpuid = make_cpuid_policy(config_.cpu_model, features, config_.cpus, config_.tsc_khz,
+                                  options);
     }
     add_pc_memory(*memory_, config_.memory);
     PcConfig pc;

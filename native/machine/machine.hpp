@@ -26,6 +26,10 @@ struct MachineConfig {
     u32 cpus = 1;
     std::string engine = "auto";
     std::string cpu_model = "host";
+    /// Features by name, on or off whatever the model has; see CpuidOptions.
+    std::vector<std::pair<std::string, bool>> cpu_features = {};
+    /// Only what all engines that work here offer: its State can go from one to the other.
+    bool portable = false;
     bool deterministic = false;
     u64 tsc_khz = 0;  ///< 0: what the engine has without effort, or else 1 GHz
     /// Who plays the interrupt chips: "auto" (the engine if it can), "user", "split", "kernel".

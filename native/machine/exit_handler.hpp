@@ -29,7 +29,7 @@ class ExitCounters {
 enum class Next : u8 {
     kRun,     ///< run the vCPU again (unless the machine is paused or has ended)
     kHalted,  ///< nothing but INIT or NMI can wake this CPU
-    kPause,   ///< a breakpoint or step of the host: pause the machine
+    kPause,   ///< a breakpoint of the host, or an INT3: Breakpoints::stopped() knows
     kEnd,     ///< end the machine as `stop` says
 };
 

@@ -5,6 +5,7 @@
 #include "base/error.hpp"
 #include "cpu/cpuid.hpp"
 #include "machine/engines.hpp"
+#include "machine/stepping.hpp"
 
 namespace polyvisor {
 
@@ -74,7 +75,9 @@ Machine::Machine(MachineConfig config)
       memory_(std::make_shared<GuestMemory>()),
       clock_(config_.deterministic ? Clock::Mode::kDeterministic : Clock::Mode::kFreeRunning),
       loop_(clock_),
-      control_(config_.cpus, [this] { kick(); }) {
+      breakpoints_(*memory_),
+      control_(
+          config_.cpus, [this] { kick(); }, [this] { settle(); }) {
     if (config_.cpus == 0) throw ConfigError("cpus", "a machine needs at least one CPU");
     if (config_.deterministic && config_.cpus != 1) {
         throw ConfigError("cpus",
@@ -133,7 +136,7 @@ Machine::Machine(MachineConfig config)
         vcpus_.push_back(engine_->create_vcpu(cpu, pc_->interrupts(cpu)));
         pc_->connect(cpu, *vcpus_.back());
         vcpus_.back()->restore(reset_state(cpu == 0));
-        threads_.push_back(std::make_unique<VcpuThread>(*vcpus_.back(), control_, log_));
+        threads_.push_back(std::make_unique<VcpuThread>(*vcpus_.back(), control_, breakpoints_, log_));
     }
     if (engine_->chips() != nullptr) {
         halt_watch_ = std::make_unique<HaltWatch>(clock_, control_, threads_);
@@ -149,6 +152,14 @@ Machine::~Machine() {
 
 void Machine::kick() {
     for (auto& vcpu : vcpus_) vcpu->request_stop();
+}
+
+// All vCPUs have left the guest, paused or at the end. On the thread of the last one.
+void Machine::settle() {
+    breakpoints_.withdraw();
+    if (control_.phase() != RunControl::Phase::kPaused) return;
+    clock_.pause();
+    pc_->flush();
 }
 
 void Machine::start_loop() {
@@ -172,7 +183,11 @@ void Machine::start() {
     start_loop();
     note_views();
     clock_.resume();
-    if (!control_.start()) wrong_phase("not started before");  // ended meanwhile
+    arm_breakpoints();
+    if (!control_.start()) {  // ended meanwhile
+        breakpoints_.withdraw();
+        wrong_phase("not started before");
+    }
     VcpuThread::Hooks hooks;
     hooks.started = [this] {
         own_machine = this;
@@ -188,6 +203,8 @@ void Machine::start() {
         if (halt_watch_) halt_watch_->start();
     } catch (const Error& error) {
         request_end({StopReason::kEngineFailure, 0, error.what(), 0});
+        control_.wait_ended(kStopLimit);
+        breakpoints_.withdraw();
         throw;
     }
 }
@@ -215,7 +232,18 @@ void Machine::resume() {
     if (!control_.wait_quiet(kStopLimit)) wrong_phase("paused");
     note_views();
     clock_.resume();
-    if (!control_.resume()) wrong_phase("paused");
+    arm_breakpoints();
+    if (control_.resume()) return;
+    breakpoints_.withdraw();
+    // It may have ended while a CPU was led past a breakpoint; then wait() tells how.
+    if (control_.phase() != RunControl::Phase::kEnded) wrong_phase("paused");
+}
+
+void Machine::arm_breakpoints() {
+    breakpoints_.arm(vcpus_, [this](Vcpu& vcpu) {
+        breakpoints_.forget_armed();
+        single_step(vcpu, *memory_, 1, [&](Exit& exit) { return serve_step(vcpu.id(), exit); });
+    });
 }
 
 void Machine::request_end(StopInfo info) {
@@ -239,6 +267,16 @@ bool Machine::wait(Duration timeout) {
     if (control_.phase() == RunControl::Phase::kCreated) wrong_phase("started");
     if (!control_.wait_ended(timeout)) return false;
     finish();
+    return true;
+}
+
+bool Machine::wait_stopped(Duration timeout) {
+    if (on_own_thread()) {
+        throw StateMismatch("a device or timer cannot wait for its own machine");
+    }
+    if (control_.phase() == RunControl::Phase::kCreated) wrong_phase("started");
+    if (!control_.wait_stopped(timeout)) return false;
+    if (control_.phase() == RunControl::Phase::kEnded) wait();
     return true;
 }
 
@@ -266,33 +304,46 @@ Vcpu& Machine::vcpu(u32 index) {
     return *vcpus_[index];
 }
 
-void Machine::step(u32 index, u64 instructions) {
-    std::lock_guard lock(lifecycle_mutex_);
+void Machine::check_standing(u32 index) const {
     check_index(index);
     RunControl::Phase phase = control_.phase();
     if ((phase != RunControl::Phase::kCreated && phase != RunControl::Phase::kPaused) ||
         !control_.quiet()) {
         wrong_phase("paused");
     }
+}
+
+// What to do with an exit of a vCPU that is stepped. False: no further.
+bool Machine::serve_step(u32 index, Exit& exit) {
+    StopInfo stop;
+    Next next = handle_exit(exit, index, log_, stop);
+    if (next == Next::kEnd) control_.end(std::move(stop));
+    return next != Next::kHalted && control_.phase() != RunControl::Phase::kEnded;
+}
+
+void Machine::step(u32 index, u64 instructions) {
+    std::lock_guard lock(lifecycle_mutex_);
+    check_standing(index);
     {
         BlockedSignals blocked;
         start_loop();
     }
-    if (!engine_->caps().instruction_budget) {
-        throw StateMismatch(std::string("engine ") + engine_->name() +
-                            " cannot count instructions");
-    }
     note_views();
     Vcpu& vcpu = *vcpus_[index];
     clock_.resume();
+    breakpoints_.forget_armed();
+    if (!engine_->caps().instruction_budget) {
+        single_step(vcpu, *memory_, instructions,
+                    [&](Exit& exit) { return serve_step(index, exit); });
+        clock_.pause();
+        return;
+    }
+    vcpu.set_debug({});
     u64 last = vcpu.save().instructions + instructions;
     for (u64 now = last - instructions; now < last; now = vcpu.save().instructions) {
         vcpu.set_instruction_budget(last - now);
         Exit exit = vcpu.run();
-        StopInfo stop;
-        Next next = handle_exit(exit, index, log_, stop);
-        if (next == Next::kEnd) control_.end(std::move(stop));
-        if (next == Next::kHalted || control_.phase() == RunControl::Phase::kEnded) break;
+        if (!serve_step(index, exit)) break;
     }
     vcpu.set_instruction_budget(~u64{0});
     clock_.pause();
@@ -301,6 +352,18 @@ void Machine::step(u32 index, u64 instructions) {
 void Machine::nmi(u32 index) {
     check_index(index);
     vcpus_[index]->nmi();
+}
+
+u64 Machine::add_breakpoint(u32 index, u64 address, Breakpoint::Kind kind, u8 size) {
+    std::lock_guard lock(lifecycle_mutex_);
+    check_standing(index);
+    return breakpoints_.add(*vcpus_[index], address, kind, size);
+}
+
+void Machine::remove_breakpoint(u64 id) {
+    std::lock_guard lock(lifecycle_mutex_);
+    check_standing(0);
+    breakpoints_.remove(id);
 }
 
 bool Machine::on_own_thread() const {

@@ -13,6 +13,7 @@
 #include "base/log.hpp"
 #include "bus/event_loop.hpp"
 #include "cpu/engine.hpp"
+#include "machine/breakpoints.hpp"
 #include "machine/halt_watch.hpp"
 #include "machine/pc.hpp"
 #include "machine/run_control.hpp"
@@ -83,15 +84,24 @@ class Machine {
     /// Waits for the end. True when it came; then stop_info() says how. Throws StateMismatch when
     /// the machine was never started, or on a thread of the machine itself.
     bool wait(Duration timeout = kForever);
+    /// Waits until it stands still, paused (by a breakpoint or pause()) or at its end: phase() says
+    /// which. False when it did not within `timeout`. Throws as wait() does.
+    bool wait_stopped(Duration timeout = kForever);
     StopInfo stop_info() const { return control_.stop_info(); }
 
     /// A vCPU to look into. Throws StateMismatch unless it stands still, ConfigError for a bad
     /// index.
     Vcpu& vcpu(u32 index);
-    /// Runs `instructions` of one vCPU on the calling thread (fewer if the machine ends). Throws
+    /// Runs `instructions` of one vCPU on the calling thread (fewer if the machine ends), past
+    /// breakpoints. On an engine without an instruction budget interrupts wait meanwhile. Throws
     /// StateMismatch unless created or paused.
     void step(u32 index, u64 instructions);
     void nmi(u32 index);
+    /// See Breakpoints::add(): the page tables of CPU `index` count. Throws StateMismatch unless
+    /// created or paused; so does removing one.
+    u64 add_breakpoint(u32 index, u64 address, Breakpoint::Kind kind, u8 size);
+    void remove_breakpoint(u64 id);
+    const Breakpoints& breakpoints() const { return breakpoints_; }
     /// The calling thread is one of this machine's own.
     bool on_own_thread() const;
 
@@ -106,6 +116,10 @@ class Machine {
 
   private:
     void kick();
+    void settle();
+    void check_standing(u32 index) const;
+    bool serve_step(u32 index, Exit& exit);
+    void arm_breakpoints();
     void start_loop();
     void note_views();
     void finish();
@@ -120,6 +134,7 @@ class Machine {
     EventLoop loop_;
     Bus pio_{"pio", 0x10000};
     Bus mmio_{"mmio", bit(52)};
+    Breakpoints breakpoints_;
     RunControl control_;
     std::unique_ptr<Engine> engine_;
     std::unique_ptr<Pc> pc_;

@@ -90,6 +90,12 @@ bool RunControl::wait_quiet(Duration timeout) const {
     return wait(timeout, [this] { return quiet_locked(); });
 }
 
+bool RunControl::wait_stopped(Duration timeout) const {
+    return wait(timeout, [this] {
+        return phase_ == Phase::kEnded ? alive_ == 0 : phase_ == Phase::kPaused && inside_ == 0;
+    });
+}
+
 bool RunControl::wait_ended(Duration timeout) const {
     return wait(timeout, [this] { return phase_ == Phase::kEnded && alive_ == 0; });
 }
@@ -110,10 +116,21 @@ void RunControl::thread_started() {
     ++inside_;
 }
 
+// One thread less in the guest. It counts as inside until settle_() is done, so that nobody takes
+// the machine for quiet, nor resumes it, before.
+void RunControl::leave_guest(std::unique_lock<std::mutex>& lock) {
+    if (inside_ == 1) {
+        lock.unlock();
+        settle_();
+        lock.lock();
+    }
+    --inside_;
+}
+
 bool RunControl::enter() {
     std::unique_lock lock(mutex_);
     if (phase_ == Phase::kPaused) {
-        --inside_;
+        leave_guest(lock);
         changed_.notify_all();
         changed_.wait(lock, [this] { return phase_ != Phase::kPaused; });
         ++inside_;
@@ -155,9 +172,9 @@ void RunControl::report(u32 cpu, bool dormant) {
 
 void RunControl::leave() {
     {
-        std::lock_guard lock(mutex_);
+        std::unique_lock lock(mutex_);
+        leave_guest(lock);
         --alive_;
-        --inside_;
     }
     changed_.notify_all();
 }

@@ -25,9 +25,14 @@ class RunControl {
     using Duration = std::chrono::nanoseconds;
     static constexpr Duration kForever = Duration::max();
 
-    /// `kick` makes every vCPU leave the guest soon; called without the mutex held.
-    RunControl(unsigned threads, std::function<void()> kick)
-        : threads_(threads), dormant_(threads), kick_(std::move(kick)) {}
+    /// `kick` makes every vCPU leave the guest soon. `settle` is called by the last thread that
+    /// leaves the guest for a pause or the end, before anybody is told. Both without the mutex
+    /// held.
+    RunControl(unsigned threads, std::function<void()> kick, std::function<void()> settle)
+        : threads_(threads),
+          dormant_(threads),
+          kick_(std::move(kick)),
+          settle_(std::move(settle)) {}
 
     Phase phase() const;
     /// Moves on; false, changing nothing, when the present phase is not `from`.
@@ -39,6 +44,8 @@ class RunControl {
 
     /// Waits until no thread is in the guest: all parked (paused) or finished (ended).
     bool wait_quiet(Duration timeout) const;
+    /// Waits until the machine is paused and quiet, or has ended and all threads are finished.
+    bool wait_stopped(Duration timeout) const;
     /// Waits until the machine has ended and all threads are finished.
     bool wait_ended(Duration timeout) const;
     /// No thread is in the guest now, nor enters it without start() or resume().
@@ -66,6 +73,7 @@ class RunControl {
 
   private:
     bool move(Phase from, Phase to);
+    void leave_guest(std::unique_lock<std::mutex>& lock);
     bool quiet_locked() const { return inside_ == 0 && phase_ != Phase::kRunning; }
     template <class Predicate>
     bool wait(Duration timeout, Predicate predicate) const;
@@ -79,7 +87,7 @@ class RunControl {
     std::vector<bool> dormant_;  // CPUs that reported so since the last halted()
     std::atomic<bool> checking_{false};
     StopInfo stop_;
-    std::function<void()> kick_;
+    std::function<void()> kick_, settle_;
 };
 
 }  // namespace polyvisor

@@ -17,7 +17,8 @@ bool is_dormant(const Vcpu& vcpu) {
 
 }  // namespace
 
-void run_loop(Vcpu& vcpu, RunControl& control, ExitCounters& counters, Log& log) {
+void run_loop(Vcpu& vcpu, RunControl& control, Breakpoints& breakpoints, ExitCounters& counters,
+              Log& log) {
     const u32 cpu = vcpu.id();
     try {
         while (control.enter()) {
@@ -32,7 +33,7 @@ void run_loop(Vcpu& vcpu, RunControl& control, ExitCounters& counters, Log& log)
                     control.halted(cpu);
                     break;
                 case Next::kPause:
-                    control.request_pause();
+                    if (breakpoints.stopped(vcpu, exit)) control.request_pause();
                     break;
                 case Next::kEnd:
                     control.end(std::move(stop));

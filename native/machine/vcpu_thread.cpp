@@ -17,7 +17,7 @@ void VcpuThread::start(const Hooks& hooks) {
             clockid_t clock = kNoClock;
             if (::pthread_getcpuclockid(::pthread_self(), &clock) == 0) cpu_clock_ = clock;
             if (hooks.started) hooks.started();
-            run_loop(vcpu_, control_, counters_, log_);
+            run_loop(vcpu_, control_, breakpoints_, counters_, log_);
             if (hooks.finished) hooks.finished();
             cpu_clock_ = kNoClock;
             control_.leave();

@@ -10,6 +10,7 @@
 
 #include "base/log.hpp"
 #include "cpu/engine.hpp"
+#include "machine/breakpoints.hpp"
 #include "machine/exit_handler.hpp"
 #include "machine/run_control.hpp"
 
@@ -17,7 +18,8 @@ namespace polyvisor {
 
 /// Runs the vCPU until the machine ends. Nothing escapes: an exception out of the engine ends the
 /// machine with kEngineFailure.
-void run_loop(Vcpu& vcpu, RunControl& control, ExitCounters& counters, Log& log);
+void run_loop(Vcpu& vcpu, RunControl& control, Breakpoints& breakpoints, ExitCounters& counters,
+              Log& log);
 
 class VcpuThread {
   public:
@@ -27,8 +29,8 @@ class VcpuThread {
         std::function<void()> finished;
     };
 
-    VcpuThread(Vcpu& vcpu, RunControl& control, Log& log)
-        : vcpu_(vcpu), control_(control), log_(log) {}
+    VcpuThread(Vcpu& vcpu, RunControl& control, Breakpoints& breakpoints, Log& log)
+        : vcpu_(vcpu), control_(control), breakpoints_(breakpoints), log_(log) {}
     ~VcpuThread() { join(); }
 
     /// Starts the thread. Throws HostError when the host has no room for one.
@@ -44,6 +46,7 @@ class VcpuThread {
 
     Vcpu& vcpu_;
     RunControl& control_;
+    Breakpoints& breakpoints_;
     Log& log_;
     ExitCounters counters_;
     std::atomic<clockid_t> cpu_clock_{kNoClock};

@@ -43,6 +43,8 @@ class FakeVcpu final : public Vcpu {
         return std::exchange(stop_, false);
     }
     void set_instruction_budget(u64 instructions) override { budget = instructions; }
+    void set_debug(const GuestDebug& to) override { debug = to; }
+    void raise_int3() override { ++int3s; }
     CpuState save() const override { return state; }
     void restore(const CpuState& to) override { state = to; }
     u32 id() const override { return id_; }
@@ -56,7 +58,8 @@ class FakeVcpu final : public Vcpu {
 
     CpuState state;
     u64 budget = ~u64{0};
-    std::atomic<u64> runs{0}, nmis{0};
+    GuestDebug debug;
+    std::atomic<u64> runs{0}, nmis{0}, int3s{0};
 
   private:
     u32 id_;

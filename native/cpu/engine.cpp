@@ -16,14 +16,6 @@ const char* to_string(IrqchipMode mode) {
     return "?";
 }
 
-void Vcpu::set_debug(const GuestDebug&) {
-    throw StateMismatch("this engine has no debugging");
-}
-
-void Vcpu::raise_int3() {
-    throw StateMismatch("this engine has no debugging");
-}
-
 DirtyLog& Engine::dirty_log() {
     throw StateMismatch("this engine has no dirty log");
 }

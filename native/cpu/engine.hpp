@@ -65,10 +65,10 @@ class Vcpu : public CpuSignals {
 
     /// What ends run() with kDebug; replaces what was set before. Throws ConfigError for more
     /// breakpoints than the CPU has or impossible ones. Not while run() is in progress.
-    virtual void set_debug(const GuestDebug& debug);
+    virtual void set_debug(const GuestDebug& debug) = 0;
     /// The INT3 that ended the last run() with kDebug is the guest's own: the next run() begins by
     /// raising its #BP.
-    virtual void raise_int3();
+    virtual void raise_int3() = 0;
 
     virtual CpuState save() const = 0;
     /// Validates first: throws StateError and changes nothing when the state is impossible.

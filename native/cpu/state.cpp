@@ -89,9 +89,8 @@ constexpr ControlBit kCr4Features[] = {
     {21, Feature::kSmap, "SMAP"},         {22, Feature::kPku, "PKE"},
 };
 // Those of features that no policy has: VMX, SMX, key locker, CET, PKS, user interrupts, LAM.
-constexpr u64 kCr4Never =
-    bit(13) | bit(14) | bit(15) | bit(19) | bit(23) | bit(24) | bit(25) | bit(28) | bit(29) |
-    bit(26) | bit(27) | bit(30) | bit(31);
+constexpr u64 kCr4Never = bit(13) | bit(14) | bit(15) | bit(19) | bit(23) | bit(24) | bit(25) |
+                          bit(28) | bit(29) | bit(26) | bit(27) | bit(30) | bit(31);
 
 }  // namespace
 

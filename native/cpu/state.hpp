@@ -76,7 +76,7 @@ struct MsrState {
 struct InFlightEvent {
     enum class Kind : u8 {
         kNone,
-        kInterrupt,          ///< external, already acknowledged
+        kInterrupt,  ///< external, already acknowledged
         kNmi,
         kException,          ///< a fault, trap or abort at the present RIP
         kSoftwareInterrupt,  ///< INT n

@@ -14,6 +14,8 @@
 //   6. MSRs    stops at the first that KVM refuses, and tells which it was.
 //   7. events  its NMI request and its injected event are for the registers above.
 //   8. mp_state, because sregs makes CPU 0 runnable when it finds it at its reset vector.
+// At the end the registers that decide on the mode are read again: KVMs without hardware behind
+// them (PVM) take some modes and then do not have them.
 #include "kvm/cpu_state.hpp"
 
 #include <cstring>
@@ -76,11 +78,22 @@ class Access {
         return p;
     }
 
+    /// Those of the registers that decide on the CPU's mode, as KVM has them.
+    CpuState read_mode() const {
+        CpuState state;
+        kvm_sregs sregs{};
+        kvm_regs regs{};
+        get(KVM_GET_SREGS, &sregs);
+        get(KVM_GET_REGS, &regs);
+        from_kvm(sregs, state);
+        from_kvm(regs, state);
+        return state;
+    }
+
     /// Stops at the first part that KVM refuses. False: `refusal` says which.
     bool write(const Parts& wanted, const Parts& before, Refusal& refusal) const {
         Parts p = wanted;  // the kernel takes pointers to what it only reads
-        return write_sregs(p.sregs, before.sregs, refusal) &&
-               set(KVM_SET_REGS, &p.regs, refusal) &&
+        return write_sregs(p.sregs, before.sregs, refusal) && set(KVM_SET_REGS, &p.regs, refusal) &&
                (p.xcrs.nr_xcrs == 0 || set(KVM_SET_XCRS, &p.xcrs, refusal)) &&
                set(KVM_SET_XSAVE, p.xsave.data(), refusal) &&
                set(KVM_SET_DEBUGREGS, &p.debug, refusal) &&
@@ -209,6 +222,17 @@ constexpr Group kGroups[] = {
     throw_ioctl(refusal.request, refusal.error);
 }
 
+/// The field that decides on the mode and is not what it was set to; nullptr when all are.
+const char* lost(const CpuState& got, const CpuState& want) {
+    constexpr u64 kVm86 = bit(17);
+    if (got.cr0 != want.cr0) return "cr0";
+    if (got.cr3 != want.cr3) return "cr3";
+    if (got.cr4 != want.cr4) return "cr4";
+    if (got.msr.efer != want.msr.efer) return "msr.efer";
+    if ((got.rflags ^ want.rflags) & kVm86) return "rflags";
+    return nullptr;
+}
+
 }  // namespace
 
 CpuState read_cpu(const KvmVcpu& vcpu) {
@@ -237,9 +261,19 @@ void write_cpu(KvmVcpu& vcpu, const CpuState& state) {
     Parts wanted = before;
     convert(vcpu, access, state, wanted);
     Refusal refusal;
-    if (access.write(wanted, before, refusal)) return;
+    const char* field = nullptr;
+    if (access.write(wanted, before, refusal)) {
+        field = lost(access.read_mode(), state);
+        if (field == nullptr) return;
+    }
     Refusal second;
-    if (!access.write(before, before, second)) throw_ioctl(second.request, second.error);
+    if (!access.write(before, wanted, second)) throw_ioctl(second.request, second.error);
+    if (field != nullptr) {
+        throw StateError(field, of_vcpu(vcpu) + "this host's KVM has no such mode (CR0 " +
+                                    hex(state.cr0) + ", CR4 " + hex(state.cr4) + ", EFER " +
+                                    hex(state.msr.efer) + ", RFLAGS " + hex(state.rflags) + "): " +
+                                    field + " does not stay as it is set; use engine soft.");
+    }
     if (refusal.error != EINVAL) throw_ioctl(refusal.request, refusal.error);
     refused(vcpu, access, state, refusal);
 }

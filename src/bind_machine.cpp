@@ -48,10 +48,11 @@ py::object wait(const PyMachine& self, std::optional<double> timeout) {
 }
 
 void step(const PyMachine& self, u32 index, u64 instructions) {
-    constexpr u64 kChunk = 2'000'000;  // a few milliseconds between looks at signals
     auto core = self.core();
+    // A few milliseconds between looks at signals. Single steps take some microseconds each.
+    const u64 chunk = core->machine().engine().caps().instruction_budget ? 2'000'000 : 500;
     while (instructions > 0) {
-        u64 now = std::min(instructions, kChunk);
+        u64 now = std::min(instructions, chunk);
         {
             py::gil_scoped_release release;
             core->machine().step(index, now);
@@ -198,6 +199,7 @@ void PyMachine::close() {
     }
     if (!core_) return;  // another thread was quicker
     counters_ = counters();
+    statistics_ = statistics();
     log_ = core->log();
     now_ = core->machine().clock().now();
     stop_ = core->machine().stop_info();
@@ -234,7 +236,8 @@ void bind_machine(py::module_& module) {
         .def(py::init([](u64 memory, u32 cpus, const std::string& engine,
                          const std::string& cpu_model, bool deterministic, u64 tsc_khz,
                          u64 ns_per_1000_instructions, unsigned serial_ports,
-                         const std::string& irqchip, const std::string& name) {
+                         const std::string& irqchip, const py::dict& cpu_features, bool portable,
+                         const std::string& name) {
                  MachineConfig config;
                  config.memory = memory;
                  config.cpus = cpus;
@@ -245,13 +248,20 @@ void bind_machine(py::module_& module) {
                  config.ns_per_1000_instructions = ns_per_1000_instructions;
                  config.serial_ports = serial_ports;
                  config.irqchip = irqchip;
+                 for (const auto& [feature, on] : cpu_features) {
+                     config.cpu_features.emplace_back(py::cast<std::string>(feature),
+                                                      py::cast<bool>(on));
+                 }
+                 config.portable = portable;
                  config.name = name;
                  return std::make_unique<PyMachine>(std::move(config));
              }),
              py::kw_only(), py::arg("memory"), py::arg("cpus") = 1, py::arg("engine") = "auto",
              py::arg("cpu_model") = "host", py::arg("deterministic") = false,
              py::arg("tsc_khz") = 0, py::arg("ns_per_1000_instructions") = 1000,
-             py::arg("serial_ports") = 2, py::arg("irqchip") = "auto", py::arg("name") = "machine")
+             py::arg("serial_ports") = 2, py::arg("irqchip") = "auto",
+             py::arg("cpu_features") = py::dict(), py::arg("portable") = false,
+             py::arg("name") = "machine")
         .def_property_readonly("memory",
                                [](const PyMachine& m) { return m.core()->machine().memory(); })
         .def_property_readonly("engine", &PyMachine::engine)

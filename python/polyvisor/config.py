@@ -31,9 +31,19 @@ class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     memory: int | str = 512 << 20
     #: Virtual CPUs, each with a host thread of its own.
     cpus: int = 1
+    #: "auto": what the environment variable POLYVISOR_ENGINE says, or else the faster one here.
     engine: EngineName = "auto"
-    #: "host" (all that engine and host have), "baseline", "x86-64-v2" or "x86-64-v3".
+    #: "host" (all that engine and host have), "baseline", "x86-64-v2" or "x86-64-v3". The named
+    #: models have the same instructions on every host and engine. What a guest defends itself
+    #: against speculation with follows the engine.
     cpu_model: str = "host"
+    #: Single features on top of the model, by their names in /proc/cpuinfo: {"xsave": False}
+    #: hides one and what depends on it, {"aes": True} adds one that engine and host have.
+    cpu_features: dict[str, bool] = {}
+    #: Only what every engine that works on this host offers, with a TSC that all can have, so that
+    #: a snapshot or state made on one continues on another. Such a guest is told of no immunity
+    #: of the soft engine, and given no speculation control of the hardware.
+    portable: bool = False
     #: Time is a function of the instructions executed; two runs are identical. One CPU, `soft`
     #: only.
     deterministic: bool = False
@@ -59,6 +69,9 @@ class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     def validated(self) -> MachineConfig:
         """This configuration with `memory` as an int; raises `ConfigError` when it cannot work."""
+        asked = os.environ.get("POLYVISOR_ENGINE")
+        if self.engine == "auto" and asked and not self.deterministic:
+            return msgspec.structs.replace(self, engine=cast("EngineName", asked)).validated()
         size = parse_size(self.memory)
         if size < MIN_MEMORY:
             raise ConfigError(
@@ -94,6 +107,7 @@ class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
                 f"{', '.join(get_args(EngineName))}",
                 field="engine",
             )
+        self._check_features()
         if self.irqchip not in get_args(IrqchipName):
             raise ConfigError(
                 f"there is no irqchip mode {self.irqchip!r}; choose one of "
@@ -110,6 +124,21 @@ class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
                 field="engine",
             )
         return msgspec.structs.replace(self, memory=size)
+
+    def _check_features(self) -> None:
+        if not isinstance(self.portable, bool):
+            raise ConfigError(
+                f"portable must be True or False, not {self.portable!r}", field="portable"
+            )
+        features = self.cpu_features
+        if not isinstance(features, dict) or not all(
+            isinstance(name, str) and isinstance(on, bool) for name, on in features.items()
+        ):
+            raise ConfigError(
+                'cpu_features must be names with True or False, as in {"xsave": False}, '
+                f"not {features!r}",
+                field="cpu_features",
+            )
 
     def _check_int(self, field: str, low: int, high: int) -> None:
         value = getattr(self, field)

@@ -47,12 +47,19 @@ def test_debug_exit_gives_its_status() -> None:
         (out8(0x92, 1), "reset"),
         (out8(0x64, 0xFE), "reset"),  # the keyboard controller, in Python
         (b"\xb8\x00\x34\xba\x04\x06\xef", "power_off"),  # SLP_TYP 5, SLP_EN to PM1 control
-        (b"\x0f\x01\x1e\x00\x05\xcc", "triple_fault"),  # lidt of an empty table; int3
     ],
 )
 def test_ways_to_end(code: bytes, reason: str) -> None:
     with real_mode(code + LOOP_FOREVER) as machine:
         assert machine.run(timeout=10).reason == reason
+
+
+def test_a_triple_fault_ends_it(fast_engine: str) -> None:
+    code = b"\x0f\x01\x1e\x00\x05\xcc"  # lidt of an empty table; int3
+    with real_mode(code + LOOP_FOREVER, engine=fast_engine) as machine:
+        info = machine.run(timeout=10)
+        assert info.reason == "triple_fault"
+        assert "triple fault" in info.detail
 
 
 @pytest.mark.parametrize(
@@ -180,7 +187,7 @@ def test_unclaimed_ports_float_and_are_counted() -> None:
 
 
 def test_ranges_name_what_is_where() -> None:
-    with real_mode(end()) as machine:
+    with real_mode(end(), irqchip="user") as machine:
         found = {(bus, start): name for bus, start, _, name in machine.ranges()}
         assert found["pio", 0x3F8] == "serial"
         assert found["pio", 0x70] == "Rtc"

@@ -212,6 +212,7 @@ Exit KvmVcpu::run() {
     for (;;) {
         if (PV_UNLIKELY(requests_.load(std::memory_order_relaxed) != 0)) {
             if (take_requests(exit)) return exit;
+            continue;
         }
         if (PV_UNLIKELY(held_exit_.has_value())) {
             exit = *std::exchange(held_exit_, std::nullopt);

@@ -79,7 +79,7 @@ bool may_lack(const CpuState& state, const StateError& error) {
 
 void round_trips(const std::shared_ptr<const kvm::System>& system, IrqchipMode irqchip) {
     Machine machine(system, irqchip);
-    const u64 rounds = environment_number("PV_STATES", 400);
+    const u64 rounds = environment_number("PV_STATES", 200);
     const u64 seed = environment_number("PV_SEED", 1);
     StateGenerator generator({machine.policy, kRam}, seed);
     CpuState last = machine.vcpu->save();

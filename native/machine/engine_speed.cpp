@@ -19,6 +19,8 @@ constexpr u64 kInstructionsPerLoop = 2;
 // grow until it takes long enough to be told from entering and leaving the guest.
 constexpr u32 kFirstCount = 2'000, kGrowth = 8, kLastCount = 1u << 30;
 constexpr double kEnough = 0.001;  // seconds
+constexpr double kClose = 1.2;     // times
+constexpr int kMostRuns = 8;
 
 // A busy host must not make an engine look slow, so it is CPU time; a guest's counts as its
 // thread's.
@@ -70,17 +72,31 @@ double measure_speed(const std::function<std::unique_ptr<Engine>(const EngineCon
     std::unique_ptr<Engine> engine = create(
         {memory, pio, mmio, clock, make_cpuid_policy("host", offer.features, 1, khz, options)});
     std::unique_ptr<Vcpu> vcpu = engine->create_vcpu(0, &interrupts);
-    for (u32 count = kFirstCount;; count *= kGrowth) {
+    auto seconds_of = [&](u32 count) {
         vcpu->restore(start_of_loop(count));
         double start = cpu_seconds();
         Exit exit = vcpu->run();
         double seconds = cpu_seconds() - start;
-        if (exit.reason != ExitReason::kHalt) {
-            throw EngineUnavailable(engine->name(), "broken",
-                                    std::string("a guest that counts to ") + std::to_string(count) +
-                                        " does not end, but with " + to_string(exit.reason) +
-                                        (exit.text.empty() ? "" : ": " + exit.text));
+        if (exit.reason == ExitReason::kHalt) return seconds;
+        throw EngineUnavailable(engine->name(), "broken",
+                                std::string("a guest that counts to ") + std::to_string(count) +
+                                    " does not end, but with " + to_string(exit.reason) +
+                                    (exit.text.empty() ? "" : ": " + exit.text));
+    };
+    // The first run touches memory, and caches, for the first time, and below another hypervisor
+    // any run may have been held up. So the best counts, once another came close to it.
+    auto best_of = [&](u32 count) {
+        double best = seconds_of(count);
+        for (int more = 1; more < kMostRuns; ++more) {
+            double seconds = seconds_of(count);
+            bool close = std::max(seconds, best) < kClose * std::min(seconds, best);
+            best = std::min(best, seconds);
+            if (close) break;
         }
+        return best;
+    };
+    for (u32 count = kFirstCount;; count *= kGrowth) {
+        double seconds = best_of(count);
         if (seconds >= kEnough || count > kLastCount / kGrowth) {
             return static_cast<double>(kInstructionsPerLoop * count) / seconds / 1e6;
         }

@@ -15,6 +15,7 @@ namespace polyvisor::python {
 namespace py = pybind11;
 
 void bind_errors(py::module_& module);
+void bind_engines(py::module_& module);
 void bind_memory(py::module_& module);
 void bind_cpu(py::module_& module);
 void bind_bus(py::module_& module);

@@ -1,7 +1,6 @@
 // polyvisor._native: the table of contents. Each bind_<topic>.cpp converts one topic and nothing
 // else.
 #include "bindings.hpp"
-#include "machine/engines.hpp"
 #include "machine/pc.hpp"
 
 namespace py = pybind11;
@@ -10,13 +9,6 @@ PYBIND11_MODULE(_native, module) {
     module.doc() =
         "The C++ core of polyvisor; polyvisor.Machine is the interface meant for people.";
     module.attr("__version__") = PV_VERSION;
-    module.def("engines", [] {
-        py::list result;
-        for (const auto& engine : polyvisor::engines()) {
-            result.append(py::make_tuple(engine.name, engine.reason, engine.message));
-        }
-        return result;
-    });
     module.def("pc_layout", [] {
         py::dict result;
         for (const auto& [name, value] : polyvisor::PcLayout::values())
@@ -24,6 +16,7 @@ PYBIND11_MODULE(_native, module) {
         return result;
     });
     polyvisor::python::bind_errors(module);
+    polyvisor::python::bind_engines(module);
     polyvisor::python::bind_memory(module);
     polyvisor::python::bind_cpu(module);
     polyvisor::python::bind_bus(module);

@@ -133,6 +133,8 @@ class Machine:
         ns_per_1000_instructions: int = 1000,
         serial_ports: int = 2,
         irqchip: str = "auto",
+        cpu_features: dict[str, bool] = ...,
+        portable: bool = False,
         name: str = "machine",
     ) -> None: ...
     @property
@@ -185,6 +187,16 @@ class Machine:
 
 def engines() -> list[tuple[str, str, str]]:
     """(name, reason, sentence) of each engine, best first; reason is "" if it works here."""
+
+def choose_engine(name: str, deterministic: bool = False) -> tuple[str, str]:
+    """The engine that "auto" or another name stands for here, and a sentence about a better one
+    that was passed over ("": none, or told before in this process)."""
+
+def engine_speed(name: str) -> float:
+    """Million instructions per second at ring 0, measured once per process."""
+
+def probe_kvm(path: str, measure: bool = True) -> tuple[str, str, float]:
+    """(reason, sentence, million instructions per second) of a KVM device."""
 
 def pc_layout() -> dict[str, int]:
     """Addresses and interrupts of the board, which firmware tables have to name."""

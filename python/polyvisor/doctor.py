@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
-import struct
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +15,6 @@ from polyvisor.errors import Error
 #: "good": works. "poor": works, with a drawback. "missing": does not; `advice` says what helps.
 Verdict = Literal["good", "poor", "missing"]
 
-#: Million instructions per second, below which "hardware" virtualization runs ring 0 in software.
-HARDWARE_MIPS = 400.0
 #: CPU features that decide what guests can be given, and how fast the soft engine is.
 _FEATURES = (
     "vmx", "svm", "ept", "npt", "avx2", "avx512f", "fma", "bmi2", "adx", "aes", "sha_ni",
@@ -60,18 +55,27 @@ class Report:
 
 
 def examine() -> Report:
-    """Looks at the host and measures the engines; takes about a second. Never raises."""
+    """Looks at the host and measures the engines; takes less than a second. Never raises."""
     from polyvisor import __version__
 
     engines = [soft_engine(), kvm_engine()]
-    usable = [found for found in engines if found.values.get("available")]
     return Report(
         version=__version__,
         host=host(),
         engines=engines,
         tools=[init(), busybox(), apt(), kernel(), cache_directory()],
-        engine=usable[0].name if usable else "",
+        engine=taken_by_auto(),
     )
+
+
+def taken_by_auto() -> str:
+    """The engine that "auto" stands for; "" when none works."""
+    from polyvisor import _native
+
+    try:
+        return _native.choose_engine("auto")[0]
+    except Error:
+        return ""
 
 
 def host() -> dict[str, Any]:
@@ -105,9 +109,11 @@ def host() -> dict[str, Any]:
 
 
 def soft_engine() -> Finding:
-    """Runs a counting loop in a machine without an operating system."""
+    """Runs a counting loop on our own CPU."""
+    from polyvisor import _native
+
     try:
-        mips = measure_soft()
+        mips = _native.engine_speed("soft")
     except Error as error:
         return Finding("soft", "missing", str(error), values={"available": False})
     return Finding(
@@ -116,23 +122,6 @@ def soft_engine() -> Finding:
         f"works everywhere; {mips:.0f} million instructions per second in a hot loop",
         values={"available": True, "mips": round(mips, 1)},
     )
-
-
-def measure_soft(loops: int = 20_000_000) -> float:
-    """Million instructions per second of a loop of two on the soft engine, in 64-bit mode."""
-    from polyvisor.machine import Machine
-
-    at, debug_exit = 0x100000, 0xF4
-    # mov ecx, loops; loop: dec ecx; jnz loop; mov edx, port; xor eax, eax; out dx, eax; hlt
-    code = b"\xb9" + struct.pack("<I", loops) + b"\xff\xc9\x75\xfc"
-    code += b"\xba" + struct.pack("<I", debug_exit) + b"\x31\xc0\xef\xf4"
-    with Machine(memory="2M", engine="soft", name="doctor") as machine:
-        machine.memory.write(at, code)
-        machine.cpu(0).enter_long_mode(page_tables_at=0x1000, rip=at)
-        # CPU time, so that a busy host does not make the engine look slow.
-        start = time.process_time()
-        machine.run(timeout=60)
-        return 2 * loops / (time.process_time() - start) / 1e6
 
 
 def kvm_engine() -> Finding:
@@ -147,19 +136,18 @@ def kvm_engine() -> Finding:
         return Finding("kvm", "missing", found.sentence, found.advice, values)
     assert found.mips is not None
     values["mips"] = round(found.mips, 1)
-    fast = found.mips >= HARDWARE_MIPS
-    speed = f"ring 0 runs {found.mips:.4g} million instructions per second"
-    text = f"{found.sentence}; {speed}"
-    if not fast:
-        text += ": this host emulates it, and the soft engine is faster"
-    there = {name: (reason, sentence) for name, reason, sentence in _native.engines()}
-    reason, sentence = there.get(
-        "kvm", ("unsupported", "this version of polyvisor has no kvm engine")
-    )
-    if reason:
-        return Finding("kvm", "missing", f"{text}. {_sentence(sentence)}", "", values)
     values["available"] = True
-    return Finding("kvm", "good" if fast else "poor", text, values=values)
+    text = f"{found.sentence}; ring 0 runs {found.mips:.4g} million instructions per second"
+    # The rule by which "auto" chooses.
+    if found.mips >= _native.engine_speed("soft"):
+        return Finding("kvm", "good", text, values=values)
+    return Finding(
+        "kvm",
+        "poor",
+        f"{text}: this host emulates it, and the soft engine is faster",
+        "use a host with hardware virtualization, or one that passes it on (nested)",
+        values,
+    )
 
 
 # --- what exec needs -----------------------------------------------------------------------------
@@ -251,7 +239,3 @@ def cache_directory() -> Finding:
             "make room, or set POLYVISOR_CACHE to a directory elsewhere",
         )
     return Finding("cache", "good", str(root), values={"path": str(root)})
-
-
-def _sentence(text: str) -> str:
-    return re.sub(r"^[a-z]", lambda match: match.group().upper(), text)

@@ -15,6 +15,11 @@ namespace {
 // The kernel holds a lock that every page fault of the guest needs while it clears a range.
 constexpr u64 kClearAtOnce = (u64{1} << 30) >> kPageShift;
 constexpr u32 kSmallestRing = kPageSize / sizeof(kvm_dirty_gfn);
+constexpr u32 kIdleLimit = 1000;
+
+bool is_dirty(const kvm_dirty_gfn& entry) {
+    return __atomic_load_n(&entry.flags, __ATOMIC_ACQUIRE) & KVM_DIRTY_GFN_F_DIRTY;
+}
 
 }  // namespace
 
@@ -145,38 +150,82 @@ bool KvmDirtyLog::open_ring(u32 vcpu) {
     return true;
 }
 
-// An entry is the kernel's until it has F_DIRTY, and again from when it has F_RESET.
-void KvmDirtyLog::harvest(u32 vcpu) {
-    if (!open_ring(vcpu)) return;
+kvm_dirty_gfn& KvmDirtyLog::entry(const Ring& ring, u32 index) const {
+    return reinterpret_cast<kvm_dirty_gfn*>(ring.mapping.data())[index & (ring_entries_ - 1)];
+}
+
+// An entry is the kernel's until it has F_DIRTY, and again from when it has F_RESET. Returns how
+// many there were.
+u32 KvmDirtyLog::harvest(u32 vcpu) {
+    if (!open_ring(vcpu)) return 0;
     Ring& ring = rings_[vcpu];
-    auto* entries = reinterpret_cast<kvm_dirty_gfn*>(ring.mapping.data());
+    if (PV_UNLIKELY(ring.overrun)) find_next(ring);
     const auto slots = vm_.memslots().slots();
+    u32 first = ring.next;
     for (;; ++ring.next) {
-        kvm_dirty_gfn& entry = entries[ring.next & (ring_entries_ - 1)];
-        if (!(__atomic_load_n(&entry.flags, __ATOMIC_ACQUIRE) & KVM_DIRTY_GFN_F_DIRTY)) return;
-        u32 id = entry.slot & 0xffff;  // above it, the address space: SMM's is not used
-        if (id < slots.size() && entry.offset < slots[id].region->pages()) {
+        kvm_dirty_gfn& found = entry(ring, ring.next);
+        if (!is_dirty(found)) break;
+        u32 id = found.slot & 0xffff;  // above it, the address space: SMM's is not used
+        if (id < slots.size() && found.offset < slots[id].region->pages()) {
             const auto& region = *slots[id].region;
-            region.mark_dirty(region.start.value + (entry.offset << kPageShift), 1);
+            region.mark_dirty(region.start.value + (found.offset << kPageShift), 1);
         }
-        __atomic_store_n(&entry.flags, KVM_DIRTY_GFN_F_RESET, __ATOMIC_RELEASE);
+        __atomic_store_n(&found.flags, KVM_DIRTY_GFN_F_RESET, __ATOMIC_RELEASE);
+    }
+    if (ring.next - first >= ring_entries_) ring.overrun = true;
+    return ring.next - first;
+}
+
+// After an overrun the kernel goes on some entries further than where we are, and will not pass
+// those in between by itself: they were reset once, as the ones that were overwritten.
+void KvmDirtyLog::find_next(Ring& ring) const {
+    u32 ahead = 0;
+    while (ahead < ring_entries_ && !is_dirty(entry(ring, ring.next + ahead))) ++ahead;
+    if (ahead == ring_entries_) return;  // it has not gone on yet
+    while (ahead > 0 && is_dirty(entry(ring, ring.next + ahead - 1))) --ahead;  // came meanwhile
+    for (; ahead > 0; --ahead, ++ring.next) {
+        __atomic_store_n(&entry(ring, ring.next).flags, KVM_DIRTY_GFN_F_RESET, __ATOMIC_RELEASE);
+    }
+    ring.overrun = false;
+}
+
+void KvmDirtyLog::finish_harvest(bool overrun) {
+    call_ioctl(vm_.fd(), KVM_RESET_DIRTY_RINGS);
+    if (PV_LIKELY(!overrun)) return;
+    ++overruns_;
+    if (!active_) return;
+    vm_.memslots().log_dirty(true);
+    for (const auto& slot : vm_.memslots().slots()) {
+        if (!slot.region->read_only) {
+            slot.region->mark_dirty(slot.region->start.value, slot.region->size);
+        }
     }
 }
 
-void KvmDirtyLog::reset_rings() const {
-    call_ioctl(vm_.fd(), KVM_RESET_DIRTY_RINGS);
-}
-
 void KvmDirtyLog::harvest_all() {
-    for (u32 vcpu = 0; vcpu < rings_.size(); ++vcpu) harvest(vcpu);
-    reset_rings();
+    bool overrun = false;
+    for (u32 vcpu = 0; vcpu < rings_.size(); ++vcpu) overrun |= harvest(vcpu) >= ring_entries_;
+    finish_harvest(overrun);
 }
 
 void KvmDirtyLog::collect(u32 vcpu) {
     std::lock_guard lock(mutex_);
     if (vcpu >= rings_.size()) return;
-    harvest(vcpu);
-    reset_rings();
+    u32 found = harvest(vcpu);
+    finish_harvest(found >= ring_entries_);
+    // Another thread's fetch() may have been quicker, once.
+    u32& idle = rings_[vcpu].idle;
+    idle = found == 0 ? idle + 1 : 0;
+    if (idle < kIdleLimit) return;
+    throw HostError(EIO, {},
+                    "the dirty ring of CPU " + std::to_string(vcpu) +
+                        " is full, but has nothing to collect: this host's KVM has overrun it; "
+                        "use the dirty log without dirty_ring");
+}
+
+u64 KvmDirtyLog::overruns() const {
+    std::lock_guard lock(mutex_);
+    return overruns_;
 }
 
 }  // namespace polyvisor::kvm

@@ -35,6 +35,7 @@ def execute(
     stdin_closed: bool,
 ) -> int:
     """Runs the command and returns the exit status for the shell."""
+    status.note_engine(engine)
     progress = output.Progress()
     options: dict[str, Any] = {
         "engine": engine,

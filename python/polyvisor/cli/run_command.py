@@ -48,6 +48,7 @@ def boot(
         raise ConfigError(
             f"--timeout must be more than 0 seconds, not {timeout:g}", field="timeout"
         )
+    status.note_engine(engine)
     with Machine(memory=memory, cpus=cpus, engine=engine, name="run") as machine:
         machine.load(kernel, initrd, append)
         machine.console.flow_control()

@@ -76,6 +76,18 @@ def say(sentence: str) -> None:
         print(f"polyvisor: {sentence}", file=sys.stderr, flush=True)
 
 
+def note_engine(engine: str) -> None:
+    """Says why "auto" does not take KVM where there is one; once per process."""
+    if engine != "auto" or os.environ.get("POLYVISOR_ENGINE"):
+        return
+    from polyvisor import _native
+
+    with contextlib.suppress(errors.Error):  # which making the machine will raise, too
+        note = _native.choose_engine(engine)[1]
+        if note:
+            say(note)
+
+
 def show_tail(text: str) -> None:
     """The end of the guest's console on stderr."""
     lines = [line.rstrip() for line in text.replace("\r", "\n").split("\n") if line.strip()]

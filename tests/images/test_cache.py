@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import time
@@ -65,15 +66,26 @@ def test_damage_is_noticed(damage: str) -> None:
     assert (place / "sub" / "data").read_bytes() == b"content"
 
 
-def test_large_entries_are_summed_when_their_time_changed() -> None:
-    data = cache.entry("key", write, large=True) / "sub" / "data"
+def test_files_are_summed_when_their_time_changed() -> None:
+    data = cache.entry("key", write) / "sub" / "data"
     times = data.stat()
     data.write_bytes(b"CONTENT")
     os.utime(data, ns=(times.st_atime_ns, times.st_mtime_ns))
-    cache.entry("key", never, large=True)  # the price of not reading it
+    cache.entry("key", never)  # the price of not reading it
     os.utime(data)
-    place = cache.entry("key", write, large=True)
+    place = cache.entry("key", write)
     assert (place / "sub" / "data").read_bytes() == b"content"
+
+
+def test_sums_that_are_known() -> None:
+    data = cache.entry("flat", lambda directory: (directory / "data").touch()) / "data"
+    empty = hashlib.sha256().hexdigest()
+    assert cache.file_sum(data) == empty
+    manifest = data.with_name("manifest.json")
+    manifest.write_text(manifest.read_text().replace(empty, "0" * 64))
+    assert cache.file_sum(data) == "0" * 64  # not read again
+    os.utime(data)
+    assert cache.file_sum(data) == empty
 
 
 def test_a_failure_leaves_nothing_behind() -> None:

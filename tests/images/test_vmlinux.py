@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from polyvisor.boot import elf as boot_elf
 from polyvisor.errors import ImageError
 from polyvisor.images import vmlinux
 
@@ -56,6 +57,21 @@ def test_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = vmlinux.cached(path)
     assert place.read_bytes() == KERNEL
     assert vmlinux.cached(path) == place
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_trimmed(bits: int) -> None:
+    """The same to load, without the zeros at the end and without what belongs to no segment."""
+    code = b"\x90" * 0x1000
+    full = elf(bits=bits, code=code + bytes(0x5000)) + b"sections"
+    offset = 40 if bits == 64 else 32
+    full[offset : offset + 4] = (len(full) - 8).to_bytes(4, "little")
+    small = vmlinux.trimmed(bytes(full))
+    assert len(small) == 0x2000
+    before, after = (boot_elf.parse(image, "kernel") for image in (bytes(full), small))
+    assert [bytes(chunk.data) for chunk in after.chunks] == [code]
+    assert (after.start, after.end, after.entry) == (before.start, before.end, before.entry)
+    assert not any(small[offset : offset + 4])
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def prepare() -> Path:
                 shutil.copy(files[name], directory / f"{number:02}-{name}.ko")
 
     recipe = hashlib.sha256(repr((KERNEL, MODULES)).encode()).hexdigest()[:16]
-    return cache.entry(f"rig/{recipe}", make, large=True)
+    return cache.entry(f"rig/{recipe}", make)
 
 
 def loading_order(files: Mapping[str, Path]) -> list[str]:

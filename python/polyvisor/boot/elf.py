@@ -3,16 +3,19 @@ which for Linux is its 64-bit (i386: 32-bit) entry with a zero page."""
 
 from __future__ import annotations
 
-import io
 import struct
-from dataclasses import dataclass
-from typing import Any
+
+import msgspec
 
 from polyvisor.boot import layout, linux
 from polyvisor.boot.layout import Chunk, Plan, Range
 from polyvisor.config import show_size
 from polyvisor.errors import ImageError
 
+_CLASS_64, _LITTLE_ENDIAN = 2, 1
+_EXEC, _DYN = 2, 3
+_386, _X86_64 = 3, 62
+LOAD, _INTERP, _NOTE = 1, 3, 4
 _PHYS32_ENTRY = 18  # XEN_ELFNOTE_PHYS32_ENTRY
 _START_MAGIC = 0x336EC578
 #: What Linux on x86 takes (COMMAND_LINE_SIZE, with its NUL).
@@ -21,8 +24,7 @@ _MODULES = layout.START_INFO + 0x100
 _MEMORY_MAP = layout.START_INFO + 0x200
 
 
-@dataclass(frozen=True)
-class Kernel:
+class Kernel(msgspec.Struct, frozen=True):
     """What an ELF file says of where it wants to be and to start."""
 
     bits: int
@@ -39,44 +41,83 @@ def is_elf(image: bytes | memoryview) -> bool:
     return bytes(image[:4]) == b"\x7fELF"
 
 
+class Segment(msgspec.Struct, frozen=True):
+    """A program header (ELF specification, chapter 2)."""
+
+    #: Where in the file the header itself is.
+    at: int
+    type: int
+    offset: int
+    vaddr: int
+    paddr: int
+    filesz: int
+    memsz: int
+
+
+def segments(image: bytes | memoryview | bytearray) -> list[Segment]:
+    """The program headers of an ELF file; raises what `struct` and indexing raise."""
+    wide = image[4] == _CLASS_64
+    [table] = struct.unpack_from("<Q" if wide else "<I", image, 32 if wide else 28)
+    entry_size, count = struct.unpack_from("<HH", image, 54 if wide else 42)
+    found = []
+    for at in range(table, table + count * entry_size, entry_size or 1):
+        if wide:
+            kind, _, *rest = struct.unpack_from("<IIQQQQQ", image, at)
+        else:
+            kind, *rest = struct.unpack_from("<IIIIII", image, at)
+        found.append(Segment(at, kind, *rest))
+    return found
+
+
+def set_file_size(image: bytearray, segment: Segment, size: int) -> None:
+    """Changes how much of a segment is taken from the file."""
+    if image[4] == _CLASS_64:
+        struct.pack_into("<Q", image, segment.at + 32, size)
+    else:
+        struct.pack_into("<I", image, segment.at + 16, size)
+
+
+def drop_sections(image: bytearray) -> None:
+    """Makes an ELF file one without a table of sections."""
+    wide = image[4] == _CLASS_64
+    struct.pack_into("<Q" if wide else "<I", image, 40 if wide else 32, 0)
+    struct.pack_into("<HH", image, 60 if wide else 48, 0, 0)
+
+
 def parse(image: bytes | memoryview, path: str) -> Kernel:
     """The kernel in an ELF file; raises `ImageError` for one that is none, or is damaged."""
-    from elftools.common.exceptions import ELFError, ELFParseError
-    from elftools.construct import ConstructError
-    from elftools.elf.elffile import ELFFile
 
     def error(what: str, reason: str = "corrupt") -> ImageError:
         return ImageError(f"{path} {what}", path=path, reason=reason)
 
     try:
-        elf = ELFFile(io.BufferedReader(_View(image)))
-        machine, kind = elf["e_machine"], elf["e_type"]
-        if machine not in ("EM_X86_64", "EM_386"):
+        wide, order = image[4] == _CLASS_64, image[5]
+        kind, machine, _, entry = struct.unpack_from("<HHIQ" if wide else "<HHII", image, 16)
+        if order != _LITTLE_ENDIAN or machine != (_X86_64 if wide else _386):
             raise error("is an ELF file for another kind of CPU, not for x86", "unsupported")
-        if kind != "ET_EXEC" and kind != "ET_DYN":
+        if kind not in (_EXEC, _DYN):
             raise error(
                 "is an ELF file, but no program (an object file or a core?)", "not-a-kernel"
             )
-        headers = [segment.header for segment in elf.iter_segments()]
-        entry = elf["e_entry"]
-    except (ELFError, ELFParseError, ConstructError, struct.error, ValueError, KeyError) as problem:
-        raise error(f"is corrupt: {problem or 'its ELF header is cut off'}") from None
-    if any(header["p_type"] == "PT_INTERP" for header in headers):
+        headers = segments(image)
+    except (struct.error, IndexError, OverflowError):
+        raise error("is corrupt: its ELF or program headers are cut off") from None
+    if any(header.type == _INTERP for header in headers):
         raise error("is a Linux program, not a kernel", "not-a-kernel")
-    loads = [header for header in headers if header["p_type"] == "PT_LOAD" and header["p_memsz"]]
+    loads = [header for header in headers if header.type == LOAD and header.memsz]
     if not loads:
         raise error("has nothing to load", "not-a-kernel")
     chunks, start, end = [], 1 << 64, 0
     for header in loads:
-        offset, size, memory = header["p_offset"], header["p_filesz"], header["p_memsz"]
-        address = header["p_paddr"]
+        offset, size, memory = header.offset, header.filesz, header.memsz
+        address = header.paddr
         if offset + size > len(image) or size > memory:
             raise error(f"is corrupt: it ends before its segment for {address:#x} does")
         if size:
             chunks.append(Chunk(address, memoryview(image)[offset : offset + size], "kernel"))
         start, end = min(start, address), max(end, address + memory)
     return Kernel(
-        bits=64 if machine == "EM_X86_64" else 32,
+        bits=64 if wide else 32,
         entry=_physical(entry, loads),
         pvh_entry=_pvh_entry(image, headers),
         chunks=tuple(chunks),
@@ -123,31 +164,6 @@ def plan(
     if kernel.bits == 64:
         return Plan("elf64", "long", kernel.entry, registers, tuple(chunks), tuple(ranges))
     return Plan("elf32", "protected", kernel.entry, registers, tuple(chunks), tuple(ranges))
-
-
-class _View(io.RawIOBase):
-    """A file over bytes that are there already; `io.BytesIO` would copy a kernel of 50 MB."""
-
-    def __init__(self, data: bytes | memoryview) -> None:
-        self._data = memoryview(data)
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._data)}[whence]
-        self._at = max(0, base + offset)
-        return self._at
-
-    def readinto(self, buffer: Any, /) -> int:
-        part = self._data[self._at : self._at + len(buffer)]
-        buffer[: len(part)] = part
-        self._at += len(part)
-        return len(part)
 
 
 def _start_info(ranges: list[Range], rsdp: int, initrd_at: int, initrd_size: int) -> list[Chunk]:
@@ -198,22 +214,22 @@ def _check_place(kernel: Kernel, path: str, ranges: list[Range]) -> None:
     )
 
 
-def _physical(entry: int, loads: list[Any]) -> int:
+def _physical(entry: int, loads: list[Segment]) -> int:
     """The entry as a physical address: Linux's e_entry is one already, others' is virtual."""
     for header in loads:
-        if header["p_paddr"] <= entry < header["p_paddr"] + header["p_memsz"]:
+        if header.paddr <= entry < header.paddr + header.memsz:
             return entry
     for header in loads:
-        if header["p_vaddr"] <= entry < header["p_vaddr"] + header["p_memsz"]:
-            return int(entry - header["p_vaddr"] + header["p_paddr"])
+        if header.vaddr <= entry < header.vaddr + header.memsz:
+            return entry - header.vaddr + header.paddr
     return entry
 
 
-def _pvh_entry(image: bytes | memoryview, headers: list[Any]) -> int | None:
+def _pvh_entry(image: bytes | memoryview, headers: list[Segment]) -> int | None:
     for header in headers:
-        if header["p_type"] != "PT_NOTE":
+        if header.type != _NOTE:
             continue
-        notes = bytes(image[header["p_offset"] : header["p_offset"] + header["p_filesz"]])
+        notes = bytes(image[header.offset : header.offset + header.filesz])
         at = 0
         while at + 12 <= len(notes):
             name_size, size, kind = struct.unpack_from("<III", notes, at)

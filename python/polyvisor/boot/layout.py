@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
+
+import msgspec
 
 from polyvisor.errors import ConfigError
 
@@ -32,8 +33,7 @@ E820_RESERVED = 2
 E820_ACPI = 3
 
 
-@dataclass(frozen=True)
-class Range:
+class Range(msgspec.Struct, frozen=True):
     """A piece of the guest-physical address space, as firmware reports it (ACPI 6.5, 15)."""
 
     start: int
@@ -46,8 +46,7 @@ class Range:
         return self.start + self.size
 
 
-@dataclass(frozen=True)
-class Isa:
+class Isa(msgspec.Struct, frozen=True):
     """A device at fixed ports, for the DSDT."""
 
     name: str
@@ -57,8 +56,7 @@ class Isa:
     uid: int | None = None
 
 
-@dataclass(frozen=True)
-class Hardware:
+class Hardware(msgspec.Struct, frozen=True):
     """Addresses of the chips that ACPI tells the guest of. The defaults are polyvisor's PC."""
 
     lapic: int = 0xFEE00000
@@ -80,11 +78,9 @@ class Hardware:
     pci_buses: int = 1
     rtc: bool = True
     i8042: bool = False
-    isa: tuple[Isa, ...] = field(
-        default=(
-            Isa("COM1", "PNP0501", ((0x3F8, 8),), 4, 1),
-            Isa("COM2", "PNP0501", ((0x2F8, 8),), 3, 2),
-        )
+    isa: tuple[Isa, ...] = (
+        Isa("COM1", "PNP0501", ((0x3F8, 8),), 4, 1),
+        Isa("COM2", "PNP0501", ((0x2F8, 8),), 3, 2),
     )
 
     @classmethod
@@ -138,8 +134,7 @@ def installed(ranges: Iterable[Range]) -> int:
     return -(-total // MIB) * MIB
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True):
     """Bytes to be stored at a guest-physical address; `what` is for people."""
 
     gpa: int
@@ -156,8 +151,7 @@ Mode = Literal["long", "protected"]
 Protocol = Literal["linux64", "linux32", "pvh", "elf64", "elf32"]
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True):
     """All that starting a kernel takes: what to store where, and the boot CPU's state.
 
     `mode` "long" is 64-bit mode with the first 4 GiB mapped one to one, "protected" is 32-bit

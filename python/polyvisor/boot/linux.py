@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+
+import msgspec
 
 from polyvisor.boot import layout
 from polyvisor.boot.layout import Chunk, Plan, Range
@@ -22,8 +23,7 @@ _V_RELOCATABLE, _V_CMDLINE_SIZE, _V_INIT_SIZE, _V_XLOADFLAGS = 0x205, 0x206, 0x2
 _OLDEST = 0x204
 
 
-@dataclass(frozen=True)
-class SetupHeader:
+class SetupHeader(msgspec.Struct, frozen=True):
     """What the header of a bzImage says."""
 
     version: int

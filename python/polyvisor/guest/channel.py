@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from polyvisor.errors import GuestError
 
@@ -19,29 +20,25 @@ STDIN_FRAME = 1024
 _READY = b"R\x08\x00PVX1"
 
 
-@dataclass(frozen=True)
-class Ready:
+class Ready(msgspec.Struct, frozen=True):
     """Init listens."""
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(msgspec.Struct, frozen=True):
     """Bytes that the command wrote."""
 
     stream: Literal["stdout", "stderr"]
     data: bytes
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """The command ended: its exit `status`, or the `signal` that killed it."""
 
     status: int
     signal: int = 0
 
 
-@dataclass(frozen=True)
-class NotRun:
+class NotRun(msgspec.Struct, frozen=True):
     """The command could not be started, at `stage`, for the reason `errno` (Linux's numbers)."""
 
     stage: Literal["start", "directory", "exec"]

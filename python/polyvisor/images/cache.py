@@ -1,9 +1,10 @@
 """Files that polyvisor fetched or made, kept between runs.
 
 A cache entry is a directory that appears complete or not at all (it is made beside its place and
-renamed), with a manifest of sizes, times and SHA-256 sums that is checked on every use: an entry
-that was cut off or changed is made again. Two processes that want the same entry make it once; the
-second waits for the first.
+renamed), with a manifest of sizes, times and SHA-256 sums. Sizes and times are checked on every
+use, the sum of a file whose time has changed (summing all of them each time would cost more than
+keeping some of them saves): an entry that was cut off or changed is made again. Two processes that
+want the same entry make it once; the second waits for the first.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from polyvisor.errors import HostError
 
@@ -32,23 +34,19 @@ def root() -> Path:
     return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "polyvisor"
 
 
-def entry(
-    name: str, make: Callable[[Path], None], *, refresh: bool = False, large: bool = False
-) -> Path:
+def entry(name: str, make: Callable[[Path], None], *, refresh: bool = False) -> Path:
     """The directory of entry `name`; `make(directory)` fills it when it is missing or damaged.
 
-    The files of a `large` entry are only summed again when their times have changed: reading them
-    all each time would cost more than keeping them saves.
     Raises `HostError` when the cache cannot be written, and whatever `make` raises; nothing is left
     behind then.
     """
     place = root() / name
-    if not refresh and _intact(place, large):
+    if not refresh and _intact(place):
         return place
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with _locked(place.with_name(place.name + ".lock")):
-            if not refresh and _intact(place, large):  # another process made it meanwhile
+            if not refresh and _intact(place):  # another process made it meanwhile
                 return place
             _make(place, make)
     except OSError as error:
@@ -62,7 +60,15 @@ def entry(
 
 
 def file_sum(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal text."""
+    """SHA-256 of a file, as hexadecimal text; what the cache knows of its own files is believed."""
+    if root() in path.parents:
+        known = _manifest(path.parent).get(path.name)
+        if known is not None and _unchanged(path, known):
+            return str(known["sha256"])
+    return _sum(path)
+
+
+def _sum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -80,7 +86,7 @@ def _make(place: Path, make: Callable[[Path], None]) -> None:
                 manifest[name] = {
                     "size": found.st_size,
                     "time": found.st_mtime_ns,
-                    "sha256": file_sum(path),
+                    "sha256": _sum(path),
                 }
         (fresh / _MANIFEST).write_text(json.dumps(manifest, indent=1))
         old = fresh.with_name(fresh.name + ".old")
@@ -92,21 +98,30 @@ def _make(place: Path, make: Callable[[Path], None]) -> None:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _intact(place: Path, large: bool) -> bool:
+def _intact(place: Path) -> bool:
+    manifest = _manifest(place)
+    return bool(manifest) and all(
+        _unchanged(place / name, expected) for name, expected in manifest.items()
+    )
+
+
+def _manifest(place: Path) -> dict[str, Any]:
+    """What is known of an entry's files; empty when that cannot be read."""
     try:
         manifest = json.loads((place / _MANIFEST).read_text())
-        for name, expected in manifest.items():
-            path = place / name
-            found = path.stat()
-            if found.st_size != expected["size"]:
-                return False
-            if large and found.st_mtime_ns == expected["time"]:
-                continue
-            if file_sum(path) != expected["sha256"]:
-                return False
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _unchanged(path: Path, expected: Any) -> bool:
+    try:
+        found = path.stat()
+        if found.st_size != expected["size"]:
+            return False
+        return found.st_mtime_ns == expected["time"] or _sum(path) == expected["sha256"]
+    except (OSError, KeyError, TypeError):
         return False
-    return bool(manifest)
 
 
 @contextmanager

@@ -12,9 +12,10 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from polyvisor.errors import ConfigError, ImageError
 from polyvisor.images import cache
@@ -44,13 +45,12 @@ _LAYOUT = 1  # goes into the cache's key: raise it when base_archive() changes
 _DIRECTORIES = ("bin", "sbin", "usr/bin", "usr/sbin", "etc", "proc", "sys", "dev", "run", "mnt")
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(msgspec.Struct, frozen=True):
     """What init runs in the guest, as root."""
 
     arguments: Sequence[str]
     #: Added to DEFAULT_ENVIRONMENT; a value of None takes a variable out.
-    environment: Mapping[str, str | None] = field(default_factory=dict)
+    environment: Mapping[str, str | None] = msgspec.field(default_factory=dict)
     directory: str = "/root"
     hostname: str = "polyvisor"
     #: Run it on a pseudo-terminal, stdout and stderr together, instead of on pipes.
@@ -116,12 +116,12 @@ def encode(command: Command) -> bytes:
 
 def base_archive(busybox: Path, init: Path) -> bytes:
     """Busybox with a link for each of its applets, init, and the directories of a Linux system."""
-    key = hashlib.sha256(f"layout {_LAYOUT}".encode())
-    binaries = {"bin/busybox": _read(busybox), "init": _read(init)}
-    for data in binaries.values():
-        key.update(hashlib.sha256(data).digest())
+    # (Of busybox, 2 MB, not the content: this is done for every machine.)
+    key = hashlib.sha256(f"layout {_LAYOUT} {busybox} {_version(busybox)}".encode())
+    key.update(_read(init))
 
     def make(directory: Path) -> None:
+        binaries = {"bin/busybox": _read(busybox), "init": _read(init)}
         if not is_static(busybox):
             raise ImageError(
                 f"{busybox} needs shared libraries that the guest does not have, {_BUSYBOX_ADVICE}",
@@ -215,10 +215,21 @@ def _applets(busybox: Path) -> list[str]:
     )
 
 
+def _version(path: Path) -> tuple[int, ...]:
+    """What changes when the file does."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ImageError(
-            f"cannot read {path}: {error.strerror}", path=str(path), reason="unreadable"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> ImageError:
+    return ImageError(f"cannot read {path}: {error.strerror}", path=str(path), reason="unreadable")

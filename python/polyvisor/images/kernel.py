@@ -12,16 +12,16 @@ import os
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from polyvisor.errors import ConfigError, ImageError
 from polyvisor.images import cache, packages
 from polyvisor.images.initramfs import Architecture
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(msgspec.Struct, frozen=True):
     """Where a named kernel comes from: the first of `packages` that the host's sources have."""
 
     architecture: Architecture
@@ -44,8 +44,7 @@ NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Kernel:
+class Kernel(msgspec.Struct, frozen=True):
     """A kernel in the cache."""
 
     name: str

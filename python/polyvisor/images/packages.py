@@ -13,8 +13,9 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from polyvisor.errors import ImageError
 from polyvisor.images import cache
@@ -44,8 +45,7 @@ def fetch(
     return cache.entry(f"packages/{package}-{architecture}", make)
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(msgspec.Struct, frozen=True):
     """`name` is what was asked for, `real` the package with the files, in `version`."""
 
     name: str

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,13 +52,32 @@ def extract(bzimage: str | os.PathLike[str]) -> bytes:
 
 
 def cached(bzimage: Path) -> Path:
-    """The extracted vmlinux as a file in the cache, made on first use."""
+    """The extracted vmlinux, `trimmed`, as a file in the cache; made on first use."""
     key = cache.file_sum(bzimage)
 
     def make(directory: Path) -> None:
-        (directory / "vmlinux").write_bytes(extract(bzimage))
+        kernel = extract(bzimage)
+        # (As it is when it is damaged: loading it will say how.)
+        with contextlib.suppress(struct.error, IndexError, OverflowError):
+            kernel = trimmed(kernel)
+        (directory / "vmlinux").write_bytes(kernel)
 
-    return cache.entry(f"vmlinux/{key[:32]}", make, large=True) / "vmlinux"
+    return cache.entry(f"vmlinux/{key[:32]}-trimmed", make) / "vmlinux"
+
+
+def trimmed(kernel: bytes) -> bytes:
+    """An ELF kernel without the zeros that its segments end with, which memory has anyway, and
+    without what is in no segment. For Linux that is half of the file: its bss is in there."""
+    image = bytearray(kernel)
+    end = 0
+    for segment in elf.segments(kernel):
+        size = segment.filesz
+        if segment.type == elf.LOAD:
+            size = len(kernel[segment.offset : segment.offset + size].rstrip(b"\0"))
+            elf.set_file_size(image, segment, size)
+        end = max(end, segment.offset + size)
+    elf.drop_sections(image)
+    return bytes(image[:end])
 
 
 def _gzip(data: memoryview) -> bytes:

@@ -1,6 +1,8 @@
 // Python's handles on parts of a machine, which stay safe to touch after it was closed.
 #pragma once
 
+#include <unistd.h>
+
 #include "base/error.hpp"
 #include "core.hpp"
 
@@ -24,7 +26,8 @@ class PyMachine {
     explicit PyMachine(MachineConfig config);
     ~PyMachine();
 
-    /// Throws StateMismatch once closed.
+    /// Throws StateMismatch once closed, and in a process that was forked off: the machine's
+    /// threads are not in it, and whatever they held locked at that moment stays so.
     std::shared_ptr<Core> core() const;
     bool closed() const { return core_ == nullptr; }
     const std::string& name() const { return name_; }
@@ -37,12 +40,16 @@ class PyMachine {
     py::object exception() const { return core_ ? core_->exception() : exception_; }
     std::vector<std::string> log() const { return core_ ? core_->log() : log_; }
     py::dict counters() const;
+    Statistics statistics() const;  // bind_statistics.cpp
     u64 now() const { return core_ ? core_->machine().clock().now() : now_; }
     const std::string& engine() const { return engine_; }
     const std::vector<std::shared_ptr<SerialConsole>>& consoles() const { return consoles_; }
 
   private:
+    bool forked() const { return ::getpid() != pid_; }
+
     std::shared_ptr<Core> core_;
+    const pid_t pid_ = ::getpid();
     std::string name_, engine_;
     std::vector<std::shared_ptr<SerialConsole>> consoles_;
     std::shared_ptr<SerialConsole> debug_console_;
@@ -50,6 +57,7 @@ class PyMachine {
     py::object exception_ = py::none();
     std::vector<std::string> log_;
     py::dict counters_;
+    Statistics statistics_;
     u64 now_ = 0;
 };
 

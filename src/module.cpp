@@ -21,4 +21,6 @@ PYBIND11_MODULE(_native, module) {
     polyvisor::python::bind_cpu(module);
     polyvisor::python::bind_bus(module);
     polyvisor::python::bind_machine(module);
+    polyvisor::python::bind_debug(module);
+    polyvisor::python::bind_statistics(module);
 }

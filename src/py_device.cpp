@@ -1,5 +1,10 @@
 #include "py_device.hpp"
 
+#include <fcntl.h>
+#include <pybind11/stl.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "base/error.hpp"
@@ -15,6 +20,15 @@ thread_local PyThreadState* kept_state = nullptr;
 PyObject* method(const py::object& object, const char* name) {
     py::object found = py::getattr(object, name, py::none());
     return found.is_none() ? nullptr : found.release().ptr();
+}
+
+// Only its name in /proc tells: to try a write would spoil any other file.
+bool is_eventfd(int fd) {
+    char target[32];
+    std::string link = "/proc/self/fd/" + std::to_string(fd);
+    ssize_t size = ::readlink(link.c_str(), target, sizeof target);
+    return size > 0 &&
+           std::string_view(target, static_cast<std::size_t>(size)) == "anon_inode:[eventfd]";
 }
 
 }  // namespace
@@ -121,6 +135,54 @@ PyDevice::PyDevice(Core& core, const py::object& object)
                                         " cannot be a device: it has neither read(offset, size) "
                                         "nor write(offset, size, value)");
     }
+    take_doorbells();
+}
+
+// Reads the attribute once, while the GIL is here: engines ask for doorbells with a bus locked.
+void PyDevice::take_doorbells() {
+    auto refuse = [this](const std::string& why) {
+        return ConfigError(
+            "doorbells",
+            "doorbells of a " + name_ + " must be (offset, size, value or None, eventfd): " + why);
+    };
+    py::object given = py::getattr(object_, "doorbells", py::none());
+    if (given.is_none()) return;
+    try {
+        for (py::handle entry : given) {
+            auto [offset, size, value, file] =
+                entry.cast<std::tuple<u64, u8, std::optional<u64>, py::object>>();
+            if (size > 8 || (size & (size - 1)) != 0) throw refuse("size is 0 (any), 1, 2, 4 or 8");
+            if (value && size < 8 && size != 0 && *value >> (8 * size) != 0) {
+                throw refuse("the value is too large for the size");
+            }
+            int fd = PyObject_AsFileDescriptor(file.ptr());
+            if (fd < 0) throw py::error_already_set();
+            OwnedFd copy(::fcntl(fd, F_DUPFD_CLOEXEC, 0));
+            if (!copy || !is_eventfd(copy.get())) {
+                throw refuse("file descriptor " + std::to_string(fd) +
+                             " is no eventfd (os.eventfd makes one)");
+            }
+            bells_.push_back({offset, size, value.has_value(), value.value_or(0), copy.get()});
+            bell_fds_.push_back(std::move(copy));
+        }
+    } catch (const py::cast_error&) {
+        throw refuse("this is something else");
+    } catch (const py::error_already_set& error) {
+        throw refuse(error.what());
+    }
+}
+
+// What an engine that knows no doorbells has to do itself.
+bool PyDevice::ring(u64 offset, std::span<const u8> data) const {
+    for (const Doorbell& bell : bells_) {
+        if (bell.offset != offset || (bell.size != 0 && bell.size != data.size())) continue;
+        u64 value = 0;
+        std::copy_n(data.begin(), std::min<std::size_t>(data.size(), 8),
+                    reinterpret_cast<u8*>(&value));
+        if (bell.matches && bell.value != value) continue;
+        return ::eventfd_write(bell.event_fd, 1) == 0;
+    }
+    return false;
 }
 
 PyDevice::~PyDevice() {
@@ -180,6 +242,7 @@ void PyDevice::read(u64 offset, std::span<u8> data) {
 }
 
 void PyDevice::write(u64 offset, std::span<const u8> data) {
+    if (PV_UNLIKELY(!bells_.empty()) && ring(offset, data)) return;
     if (write_ == nullptr) return;
     enter({name_, "write", offset, data.size()}, [&] {
         PyObject* number;

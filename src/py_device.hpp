@@ -3,6 +3,7 @@
 
 #include <mutex>
 
+#include "base/fd.hpp"
 #include "bus/device.hpp"
 #include "core.hpp"
 
@@ -23,8 +24,11 @@ class PyDevice final : public Device {
     void reset() override;
     std::vector<u8> save() const override;
     void restore(std::span<const u8> state) override;
+    std::vector<Doorbell> doorbells() const override { return bells_; }
 
   private:
+    void take_doorbells();
+    bool ring(u64 offset, std::span<const u8> data) const;
     template <class Body>
     void enter(const Access& access, Body body) const;
 
@@ -33,6 +37,8 @@ class PyDevice final : public Device {
     py::object object_;
     PyObject* read_ = nullptr;  // bound methods, nullptr for none
     PyObject* write_ = nullptr;
+    std::vector<Doorbell> bells_;
+    std::vector<OwnedFd> bell_fds_;       // the device may close its own
     mutable std::recursive_mutex mutex_;  // before the GIL
 };
 

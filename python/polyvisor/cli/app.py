@@ -62,7 +62,32 @@ class Engine(StrEnum):
     kvm = "kvm"
 
 
-EngineOption = Annotated[Engine, typer.Option(help="What runs the CPUs; auto takes the best here.")]
+class Irqchip(StrEnum):
+    """--irqchip's choices."""
+
+    auto = "auto"
+    user = "user"
+    split = "split"
+    kernel = "kernel"
+
+
+EngineOption = Annotated[
+    Engine,
+    typer.Option(
+        help="What runs the CPUs: Linux's KVM, or a CPU in software; auto takes the fastest here."
+    ),
+]
+IrqchipOption = Annotated[
+    Irqchip,
+    typer.Option(
+        help="Who plays the interrupt chips: KVM (kernel), KVM only the local APICs (split), or "
+        "polyvisor (user)."
+    ),
+]
+StatsOption = Annotated[
+    bool,
+    typer.Option("--stats", help="Show at the end what was counted: exits, accesses, KVM's own."),
+]
 MemoryOption = Annotated[
     str, typer.Option(help="RAM, with a unit of K, M, G or T.", metavar="SIZE")
 ]
@@ -118,6 +143,7 @@ def exec_command(
         list[str], typer.Argument(help="The program and its arguments.", metavar="COMMAND...")
     ],
     engine: EngineOption = Engine.auto,
+    irqchip: IrqchipOption = Irqchip.auto,
     memory: MemoryOption = "512M",
     cpus: CpusOption = 1,
     timeout: TimeoutOption = None,
@@ -136,6 +162,7 @@ def exec_command(
     ] = "/root",
     tty: Annotated[bool, typer.Option("--tty", "-t", help="Give the command a terminal.")] = False,
     json: JsonOption = False,
+    stats: StatsOption = False,
 ) -> Action:
     """Run COMMAND as root in a fresh virtual machine, and exit with its status.
 
@@ -153,6 +180,7 @@ def exec_command(
     return lambda: execute(
         command,
         engine=engine.value,
+        irqchip=irqchip.value,
         memory=memory,
         cpus=cpus,
         timeout=timeout,
@@ -162,6 +190,7 @@ def exec_command(
         directory=workdir,
         terminal=tty,
         as_json=json,
+        stats=stats,
         stdin_closed=0 in _closed,
     )
 
@@ -178,6 +207,7 @@ def run_command(
     memory: MemoryOption = "512M",
     cpus: CpusOption = 1,
     engine: EngineOption = Engine.auto,
+    irqchip: IrqchipOption = Irqchip.auto,
     serial: Annotated[
         str,
         typer.Option(
@@ -186,6 +216,7 @@ def run_command(
         ),
     ] = "stdio",
     timeout: TimeoutOption = None,
+    stats: StatsOption = False,
 ) -> Action:
     """Boot a kernel; its first serial port is this terminal.
 
@@ -200,8 +231,10 @@ def run_command(
         memory=memory,
         cpus=cpus,
         engine=engine.value,
+        irqchip=irqchip.value,
         serial=serial,
         timeout=timeout,
+        stats=stats,
         closed=frozenset(_closed),
     )
 

@@ -23,6 +23,7 @@ def execute(
     command: list[str],
     *,
     engine: str,
+    irqchip: str,
     memory: str,
     cpus: int,
     timeout: float | None,
@@ -32,6 +33,7 @@ def execute(
     directory: str,
     terminal: bool,
     as_json: bool,
+    stats: bool,
     stdin_closed: bool,
 ) -> int:
     """Runs the command and returns the exit status for the shell."""
@@ -39,6 +41,7 @@ def execute(
     progress = output.Progress()
     options: dict[str, Any] = {
         "engine": engine,
+        "irqchip": irqchip,
         "memory": memory,
         "cpus": cpus,
         "timeout": timeout,
@@ -47,6 +50,7 @@ def execute(
         "env": _environment(environment, terminal),
         "cwd": directory,
         "progress": progress,
+        "statistics": stats,
     }
     from polyvisor.guest import exec  # noqa: A004
 
@@ -58,8 +62,15 @@ def execute(
         options["on_stdout"] = lambda data: output.write_all(1, data)
         options["on_stderr"] = lambda data: output.write_all(2, data)
         if terminal:
-            return _on_terminal(command, options)
-        return exec(command, stdin=None if stdin_closed else 0, **options).status
+            attended = _on_terminal(command, options)
+            if attended is None:
+                return status.INTERRUPTED
+            completed = attended
+        else:
+            completed = exec(command, stdin=None if stdin_closed else 0, **options)
+        if completed.statistics is not None:
+            output.write_statistics(completed.statistics)
+        return completed.status
     except Error as error:
         if as_json:
             code = status.report(error)
@@ -71,8 +82,9 @@ def execute(
         progress("")
 
 
-def _on_terminal(command: list[str], options: dict[str, Any]) -> int:
-    """The command gets a terminal of the user's size, whose keys go straight to it."""
+def _on_terminal(command: list[str], options: dict[str, Any]) -> Completed | None:
+    """The command gets a terminal of the user's size, whose keys go straight to it. None when the
+    user quit."""
     from polyvisor.guest import exec  # noqa: A004
 
     keys = EscapeKeys()
@@ -96,7 +108,7 @@ def _on_terminal(command: list[str], options: dict[str, Any]) -> int:
 
     with RawMode(0) as raw:
         if not raw.active:
-            return exec(command, stdin=0, tty=size(), **options).status
+            return exec(command, stdin=0, tty=size(), **options)
         read_end, write_end = os.pipe()
         before = signal.signal(signal.SIGWINCH, resized)
 
@@ -114,15 +126,14 @@ def _on_terminal(command: list[str], options: dict[str, Any]) -> int:
         reader = Reader(0, typed)
         try:
             options["on_stdout"] = output_and_size
-            completed = exec(
+            return exec(
                 command, stdin=read_end, tty=size(), on_start=started, on_idle=tick, **options
             )
-            return completed.status
         except Error:
             if keys.quit:
                 raw.restore()
                 status.say("quit; the machine was stopped")
-                return status.INTERRUPTED
+                return None
             raise
         finally:
             reader.stop()
@@ -160,4 +171,5 @@ def _result(completed: Completed) -> dict[str, Any]:
         "boot_cpu_seconds": round(completed.boot_cpu_seconds, 3),
         "cpu_seconds": round(completed.cpu_seconds, 3),
         "console": completed.console,
+        **({"statistics": completed.statistics} if completed.statistics is not None else {}),
     }

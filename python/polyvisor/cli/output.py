@@ -30,6 +30,13 @@ def write_json(value: dict[str, Any]) -> None:
     write_all(1, (json.dumps(value, indent=2) + "\n").encode())
 
 
+def write_statistics(statistics: dict[str, Any]) -> None:
+    """What a machine counted, as a table on stderr."""
+    from polyvisor.statistics import table
+
+    write_all(2, table(statistics).encode())
+
+
 def as_json(name: str, data: bytes) -> dict[str, str]:
     """Bytes as a JSON member: text when they are UTF-8, else base64 under a name that says so."""
     try:

@@ -39,8 +39,10 @@ def boot(
     memory: str,
     cpus: int,
     engine: str,
+    irqchip: str,
     serial: str,
     timeout: float | None,
+    stats: bool,
     closed: frozenset[int],
 ) -> int:
     """Boots, serves the serial port until the guest ends, and returns the exit status."""
@@ -49,12 +51,14 @@ def boot(
             f"--timeout must be more than 0 seconds, not {timeout:g}", field="timeout"
         )
     status.note_engine(engine)
-    with Machine(memory=memory, cpus=cpus, engine=engine, name="run") as machine:
+    with Machine(memory=memory, cpus=cpus, engine=engine, irqchip=irqchip, name="run") as machine:
         machine.load(kernel, initrd, append)
         machine.console.flow_control()
         with _line(serial, machine, closed) as line:
             machine.start()
             info = _serve(machine, line, timeout)
+        if stats:
+            output.write_statistics(machine.statistics())
         if info is None:
             status.say("quit; the machine was stopped")
             return status.OK

@@ -12,6 +12,12 @@ The machine asks nothing more of a device than one of two methods, called with p
 
 and, if it has them, ``reset()`` and, for snapshots, ``save() -> bytes`` and ``restore(bytes)``.
 
+A device whose writes only wake something up may have ``doorbells``, a list of
+``(offset, size, value, eventfd)``: a write of `size` bytes (0: any size) of `value` (None: any) at
+`offset` adds 1 to the event file descriptor, made with os.eventfd() and read by a thread of the
+device's own, and nothing more; `write` is not called. On the kvm engine the kernel does that, which
+costs no more than a microsecond and no Python. The list is read once, when the device is added.
+
 What it needs it gets from whoever makes it: ``machine.irq(n)`` for an interrupt line,
 ``machine.memory`` for DMA, ``machine.timer(callback)`` and ``machine.now`` for time,
 ``machine.end("power_off")`` to switch the machine off. It knows no address, so that it can be put

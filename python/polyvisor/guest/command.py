@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from polyvisor.errors import ConfigError, GuestError, ImageError, MachineTimeout
 from polyvisor.guest.channel import Channel, Ended, NotRun, Output, Ready
@@ -85,6 +85,8 @@ class Completed:
     #: Host CPU seconds of this process meanwhile, to init and to the end.
     boot_cpu_seconds: float
     cpu_seconds: float
+    #: With ``statistics=True``: what the machine counted (see `polyvisor.statistics`).
+    statistics: dict[str, Any] | None = None
 
     @property
     def text(self) -> str:
@@ -96,6 +98,7 @@ def exec(  # noqa: A001
     argv: Sequence[str],
     *,
     engine: str = "auto",
+    irqchip: str = "auto",
     memory: int | str = "512M",
     cpus: int = 1,
     timeout: float | None = None,
@@ -111,6 +114,7 @@ def exec(  # noqa: A001
     on_start: Callable[[Machine, Channel], object] | None = None,
     on_idle: Callable[[], object] | None = None,
     progress: packages.Progress | None = None,
+    statistics: bool = False,
     check: bool = False,
 ) -> Completed:
     """Runs `argv` as root in a fresh virtual machine and waits for its end.
@@ -122,6 +126,7 @@ def exec(  # noqa: A001
     "generic", "686") or a file; `append` is added to its command line. `on_start` gets the machine,
     just started, and the channel (to send signals). `on_idle` is called at least every 0.1 s or so,
     with the channel free to use. `progress` is told what takes long, and "" when the command runs.
+    With `statistics` the result has what the machine counted until the command's end.
 
     Raises `CommandNotRun` when the guest has no such program, `GuestPanic` or `GuestError` when the
     guest does not survive, `MachineTimeout` after `timeout` seconds, with ``check``
@@ -140,7 +145,9 @@ def exec(  # noqa: A001
     from polyvisor.machine import Machine
 
     report = progress or (lambda text: None)
-    with Machine(memory=memory, cpus=cpus, engine=engine, serial_ports=2, name="exec") as machine:
+    with Machine(
+        memory=memory, cpus=cpus, engine=engine, irqchip=irqchip, serial_ports=2, name="exec"
+    ) as machine:
         image, architecture = _kernel(kernel, progress)
         report("building the initramfs")
         initrd = initramfs.build(command, architecture=architecture, files=files)
@@ -160,6 +167,9 @@ def exec(  # noqa: A001
             outcome = run.wait(started, timeout, feeder, on_idle)
         finally:
             feeder.stop()
+        seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu_started
+        if statistics:
+            machine.native.stop()  # some engines tell all of it only then
         completed = Completed(
             argv=run.argv,
             status=128 + outcome.signal if outcome.signal else outcome.status,
@@ -169,9 +179,10 @@ def exec(  # noqa: A001
             console=machine.console.transcript,
             engine=machine.engine,
             boot_seconds=run.ready_at - started,
-            seconds=time.monotonic() - started,
+            seconds=seconds,
             boot_cpu_seconds=run.ready_cpu - cpu_started,
-            cpu_seconds=time.process_time() - cpu_started,
+            cpu_seconds=cpu_seconds,
+            statistics=machine.statistics() if statistics else None,
         )
     if check and completed.status:
         raise CommandFailed(

@@ -87,7 +87,8 @@ void IrqRouter::drive_pic(u8 irq) {
 void IrqRouter::drive(unsigned pin) {
     u8 irq = pic_irq_[pin];
     // An engine's GSI drives both chips. Where a PCI interrupt shares the 8259 input with an ISA
-    // one, the input may fall for a moment and rise again, which level-triggered inputs do not mind.
+    // one, the input may fall for a moment and rise again, which level-triggered inputs do not
+    // mind.
     if (engine_ != nullptr) engine_->set_gsi(pin == kTimerPin ? 0 : pin, active_[pin] != 0);
     if (irq != kNoPic) drive_pic(irq);
     if (ioapic_ != nullptr) ioapic_->set_irq(pin, active_[pin] != 0);

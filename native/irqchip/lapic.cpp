@@ -353,8 +353,7 @@ void Lapic::validate(const State& state, const Config& config) {
     check_state((state.dfr & 0x0fffffff) == 0x0fffffff, kName, "dfr");
     check_state((state.svr & ~kSvrWritable) == 0, kName, "svr");
     for (unsigned i = 0; i < kLvtCount; ++i) {
-        check_state((state.lvt[i] & ~(lvt_writable(i, config) | kLvtRemoteIrr)) == 0, kName,
-                    "lvt");
+        check_state((state.lvt[i] & ~(lvt_writable(i, config) | kLvtRemoteIrr)) == 0, kName, "lvt");
     }
     check_state((state.divide & ~0xbu) == 0, kName, "divide");
     check_state((state.irr[0] & 0xffff) == 0 && (state.isr[0] & 0xffff) == 0, kName, "irr");

@@ -170,9 +170,9 @@ void Pit::validate(const State& state) {
         u32 limit = channel.bcd ? 10'000 : 0x10000;
         check_state(channel.mode <= 5, kName, "mode");
         check_state(channel.access >= 1 && channel.access <= 3, kName, "access");
-        for (u8 flag : {channel.bcd, channel.gate, channel.running, channel.latched,
-                        channel.status_latched, channel.write_high_next, channel.read_high_next,
-                        channel.programmed}) {
+        for (u8 flag :
+             {channel.bcd, channel.gate, channel.running, channel.latched, channel.status_latched,
+              channel.write_high_next, channel.read_high_next, channel.programmed}) {
             check_state(flag <= 1, kName, "flags");
         }
         check_state(channel.reload <= limit && channel.next_reload <= limit, kName, "reload");

@@ -198,7 +198,8 @@ Pic::State from_kvm(const kvm_pic_state (&chips)[2]) {
         chip.elcr = from.elcr & (which == 0 ? 0xf8 : 0xde);
         chip.vector_base = from.irq_base & 0xf8;
         chip.lowest = static_cast<u8>((from.priority_add + 7) & 7);
-        chip.init_step = static_cast<u8>(from.init_state == 0 ? 0 : std::min(from.init_state + 1, 4));
+        chip.init_step =
+            static_cast<u8>(from.init_state == 0 ? 0 : std::min(from.init_state + 1, 4));
         chip.icw4_needed = from.init4 != 0;
         chip.auto_eoi = from.auto_eoi != 0;
         chip.rotate_on_auto_eoi = from.rotate_on_auto_eoi != 0;
@@ -266,8 +267,9 @@ Pit::Channel from_kvm(const kvm_pit_channel_state& from, unsigned which, u64 now
     channel.bcd = from.bcd != 0;
     if (from.rw_mode >= 1 && from.rw_mode <= 3) channel.access = from.rw_mode;
     channel.latched = from.count_latched != 0;
-    channel.read_high_next = channel.access == 3 && (channel.latched ? from.count_latched == kHigh
-                                                                     : from.read_state == kWordHigh);
+    channel.read_high_next =
+        channel.access == 3 &&
+        (channel.latched ? from.count_latched == kHigh : from.read_state == kWordHigh);
     channel.write_high_next = channel.access == 3 && from.write_state == kWordHigh;
     u32 count = std::clamp<u32>(from.count, 1, channel.bcd ? 10'000 : 0x10000);
     if (is_triggered(channel.mode) && which != 2) {  // no gate that could trigger it

@@ -9,7 +9,8 @@
 //          are alike; unless the vector is already requested or in service, it is taken as due.
 //  IOAPIC  the levels of edge-triggered pins: giving them would raise the edge again.
 //  8259    no level mode (ICW1.LTIM) and no single mode: StateError.
-//  8254    counts are binary even in BCD mode, and every channel starts a new period when it is set.
+//  8254    counts are binary even in BCD mode, and every channel starts a new period when it is
+//  set.
 //          Channel 0's phase cannot be read: its period starts at the time of the save. A new count
 //          that waits for the end of the period, or for a trigger, counts at once. Port 0x61 has
 //          bits 0 and 1 only.

@@ -17,7 +17,8 @@ bool is_msi(u64 address) {
     return (address & 0xff'fff0'0000) == 0xfee0'0000;
 }
 
-// Reserved, and start-up: no device sends them, and KVM complains about the first in the host's log.
+// Reserved, and start-up: no device sends them, and KVM complains about the first in the host's
+// log.
 bool is_deliverable(u32 data) {
     u32 mode = data >> 8 & 7;
     return mode != 3 && mode != 6;
@@ -88,8 +89,8 @@ Chips::Chips(Vm& vm) : vm_(vm), kept_lapics_(vm.config().cpus) {
         pit.flags = KVM_PIT_SPEAKER_DUMMY;  // port 0x61 too
         call_ioctl(vm.fd(), KVM_CREATE_PIT2, &pit);
     }
-    // A message to 0xff is for every CPU, x2APIC mode or not, as with our own chips, unless there is
-    // a CPU 255.
+    // A message to 0xff is for every CPU, x2APIC mode or not, as with our own chips, unless there
+    // is a CPU 255.
     u64 api = KVM_X2APIC_API_USE_32BIT_IDS;
     if (vm.config().cpus > 255) api |= KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
     enable(vm, KVM_CAP_X2APIC_API, api);
@@ -191,9 +192,9 @@ void Chips::disconnect_msi(int fd) {
 void Chips::set_ioapic_pin(unsigned pin, u64 address, u32 data, bool enabled) {
     if (pin >= kPins) return;
     std::lock_guard lock(mutex_);
-    // Writing the table makes every CPU of the host take notice, so a pin that is switched off stays
-    // in it: drivers mask and unmask their pin at every interrupt. At worst an EOI of a vector that
-    // was given away meanwhile exits for nothing.
+    // Writing the table makes every CPU of the host take notice, so a pin that is switched off
+    // stays in it: drivers mask and unmask their pin at every interrupt. At worst an EOI of a
+    // vector that was given away meanwhile exits for nothing.
     pins_[pin] = enabled && is_msi(address) ? Message{address, data} : Message{};
     if (pins_[pin] == Message{} || pins_[pin] == told_pins_[pin]) return;
     write_routes();

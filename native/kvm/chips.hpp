@@ -80,7 +80,7 @@ class Chips final : public InterruptChips {
     void restore_pit(std::span<const u8> bytes);
 
     Vm& vm_;
-    mutable std::mutex mutex_;  // a leaf; not held while the EOI handler runs
+    mutable std::mutex mutex_;     // a leaf; not held while the EOI handler runs
     u32 pin_wires_ = 0;            // levels, by IOAPIC pin
     u32 pic_wires_ = 0;            // levels, by 8259 input
     std::map<int, Irqfd> irqfds_;  // by file descriptor

@@ -3,15 +3,15 @@
 // Orders that matter. A CPU's own state comes before its local APIC: KVM_SET_SREGS sets the task
 // priority (CR8) and IA32_APIC_BASE too, and the TSC deadline needs the CPU's TSC offset. Within a
 // local APIC: IA32_APIC_BASE before the page, whose format depends on its mode; the page before
-// IA32_TSC_DEADLINE, which KVM ignores unless the timer is in that mode. Local APICs come before the
-// IOAPIC and the 8259s, which deliver what is asserted as soon as they are set.
+// IA32_TSC_DEADLINE, which KVM ignores unless the timer is in that mode. Local APICs come before
+// the IOAPIC and the 8259s, which deliver what is asserted as soon as they are set.
 //
 // Time: KVM's timers run on the host's monotonic clock, also while the machine is paused. A TSC
 // deadline is armed when the vCPU next enters the guest, with its TSC in place (tsc_moved()), so it
 // is exact. The one-shot and periodic modes count from restore() on and go on counting in a pause:
 // their next interrupt may come early, which guests take as spurious.
-#include "kvm/abi.hpp"
 #include <time.h>
+#include "kvm/abi.hpp"
 
 #include "bus/pod_state.hpp"
 #include "kvm/chip_state.hpp"

@@ -58,12 +58,12 @@ void gather_region(const GuestMemory::Region& region, std::vector<Snapshot::Exte
 
 void scatter_memory(GuestMemory& memory, const Snapshot& snapshot) {
     for (const auto& region : memory.regions()) {
-        memory.note_write(region->start, region->size);
         // Gives the pages back; what is read afterwards is zero.
         if (::fallocate(region->fd.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0,
                         static_cast<off_t>(region->size)) != 0) {
             throw_errno("cannot clear guest memory");
         }
+        memory.note_write(region->start, region->size);
     }
     for (const auto& extent : snapshot.memory) memory.write(Gpa(extent.gpa), extent.bytes);
 }
@@ -99,8 +99,8 @@ void check_shape(Machine& machine, const Snapshot& snapshot, const std::vector<P
 }
 
 // Applies the CPUs' and then the parts' states; when one refuses, undoes what was done. A CPU comes
-// before its local APIC: an engine's may share registers with it (CR8, IA32_APIC_BASE), compares its
-// TSC deadline with the CPU's TSC, and raises its interrupts at once.
+// before its local APIC: an engine's may share registers with it (CR8, IA32_APIC_BASE), compares
+// its TSC deadline with the CPU's TSC, and raises its interrupts at once.
 void restore_parts(Machine& machine, const std::vector<Pc::Part>& parts, const Snapshot& snapshot) {
     std::vector<CpuState> cpus_before;
     std::vector<std::vector<u8>> parts_before;

@@ -160,5 +160,4 @@ class RandomChips {
     Random random_;
 };
 
-
 }  // namespace pvtest

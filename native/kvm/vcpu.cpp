@@ -28,9 +28,12 @@ void set_immediate_exit(kvm_run& run, u8 on) {
 // The thread that is about to enter the guest, so that requests find it.
 class Entered {
   public:
-    explicit Entered(std::atomic<int>& thread) : thread_(thread) {
+    /// Throws StateMismatch when another thread is in there: KVM would make this one wait.
+    Entered(std::atomic<int>& thread, u32 cpu) : thread_(thread) {
         accept_kicks();
-        thread_ = ::gettid();
+        int nobody = 0;
+        if (thread_.compare_exchange_strong(nobody, ::gettid())) return;
+        throw StateMismatch("CPU " + std::to_string(cpu) + " is running on another thread already");
     }
     ~Entered() { thread_ = 0; }
 
@@ -44,14 +47,11 @@ KvmVcpu::KvmVcpu(Vm& vm, u32 id, LocalInterrupts* lapic)
     : vm_(vm),
       id_(id),
       lapic_(lapic),
-      fd_(call_ioctl(vm.fd(), KVM_CREATE_VCPU, static_cast<unsigned long>(id))),
+      fd_(vm.create_vcpu(id)),
       stats_(fd_.get()),
       mapping_(fd_.get(), 0, vm.system().vcpu_mmap_size()),
       run_(reinterpret_cast<kvm_run*>(mapping_.data())),
       cpuid_(make_cpuid(vm.config().cpuid, vm.system(), id)) {
-    vm_.register_vcpu(id_, this);
-    if (id_ == 0) vm_.bus_hooks().set_ring(run_);
-
     WithEntries<kvm_cpuid2> cpuid(cpuid_.size());
     cpuid->nent = static_cast<u32>(cpuid_.size());
     std::copy(cpuid_.begin(), cpuid_.end(), cpuid->entries);
@@ -79,6 +79,8 @@ KvmVcpu::KvmVcpu(Vm& vm, u32 id, LocalInterrupts* lapic)
         u64 banks = kMceBanks;
         try_ioctl(fd(), KVM_X86_SETUP_MCE, &banks);
     }
+    vm_.register_vcpu(id_, this);
+    if (id_ == 0) vm_.bus_hooks().set_ring(run_);
 }
 
 KvmVcpu::~KvmVcpu() {
@@ -205,9 +207,9 @@ void KvmVcpu::inject() {
 
 Exit KvmVcpu::run() {
     vm_.check_process();
+    Entered entered(thread_, id_);
     vm_.memslots().sync();
     sync_tsc(false);
-    Entered entered(thread_);
     Exit exit;
     for (;;) {
         if (PV_UNLIKELY(requests_.load(std::memory_order_relaxed) != 0)) {
@@ -337,15 +339,24 @@ void KvmVcpu::sync_tsc(bool anew) {
 // --- State ---------------------------------------------------------------------------------------
 
 CpuState KvmVcpu::save() const {
-    vm_.check_process();
+    check_standing();
     CpuState state = read_cpu(*this);
     if (user_lapic() || activity_ == Activity::kShutdown) state.activity = activity_;
     state.msr.tsc_offset = tsc_offset();
     return state;
 }
 
-void KvmVcpu::restore(const CpuState& state) {
+// KVM answers for a vCPU's state only between two KVM_RUNs, and makes the caller wait until then.
+void KvmVcpu::check_standing() const {
     vm_.check_process();
+    int thread = thread_.load();
+    if (thread == 0 || thread == ::gettid()) return;
+    throw StateMismatch("CPU " + std::to_string(id_) +
+                        " is running; its state can be had when it stands still");
+}
+
+void KvmVcpu::restore(const CpuState& state) {
+    check_standing();
     vm_.memslots().sync();
     write_cpu(*this, state);
     bool in_kernel = !user_lapic() && state.activity != Activity::kShutdown;

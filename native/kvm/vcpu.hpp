@@ -70,6 +70,7 @@ class KvmVcpu final : public Vcpu {
     void enter_init();
     void enter_sipi(u8 vector);
     void complete();
+    void check_standing() const;
     Then end_step(Then then, Exit& exit);
 
     // exits.cpp

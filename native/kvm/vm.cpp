@@ -46,8 +46,22 @@ int Vm::check(int capability) const {
     return result < 0 ? 0 : result;
 }
 
+OwnedFd Vm::create_vcpu(u32 id) const {
+    if (id >= vcpus_.size()) {
+        throw ConfigError("id", "there is no CPU " + std::to_string(id) + " in a machine of " +
+                                    std::to_string(vcpus_.size()));
+    }
+    int fd = try_ioctl(this->fd(), KVM_CREATE_VCPU, static_cast<unsigned long>(id));
+    if (fd == -EEXIST) {
+        throw StateMismatch("CPU " + std::to_string(id) +
+                            " was made already; KVM makes each once in the life of a machine");
+    }
+    if (fd < 0) throw_ioctl(KVM_CREATE_VCPU, -fd);
+    return OwnedFd(fd);
+}
+
 void Vm::register_vcpu(u32 id, KvmVcpu* vcpu) {
-    if (id < vcpus_.size()) vcpus_[id] = vcpu;
+    vcpus_[id] = vcpu;
 }
 
 void Vm::check_process() const {

@@ -40,6 +40,9 @@ class Vm {
     KvmDirtyLog& dirty_log() { return *dirty_log_; }
     /// In order of their ids; nullptr for one that does not exist (yet, any more).
     KvmVcpu* vcpu(u32 id) const { return id < vcpus_.size() ? vcpus_[id] : nullptr; }
+    /// KVM_CREATE_VCPU. Throws ConfigError beyond config().cpus, StateMismatch for one that was
+    /// made before, HostError.
+    OwnedFd create_vcpu(u32 id) const;
     void register_vcpu(u32 id, KvmVcpu* vcpu);
 
     /// The kernel binds a VM to the process that made it. Throws StateMismatch in a forked child.

@@ -7,6 +7,7 @@
 //     log.stop();
 #pragma once
 
+#include <atomic>
 #include <span>
 
 #include "memory/guest_memory.hpp"
@@ -27,6 +28,14 @@ class DirtyLog {
     /// they count as clean from then on. A write that is in progress meanwhile shows up now or next
     /// time, never in neither. Throws StateMismatch unless active.
     virtual void fetch(const GuestMemory::Region& region, std::span<u64> bitmap) = 0;
+
+    /// What one user fetches another no longer gets, so there is one at a time: false when the log
+    /// is another's until that one's release().
+    bool claim() { return !claimed_.exchange(true); }
+    void release() { claimed_ = false; }
+
+  private:
+    std::atomic<bool> claimed_{false};
 };
 
 }  // namespace polyvisor

@@ -5,6 +5,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
+#include <cerrno>
 #include <cstdio>
 #include <cstring>
 
@@ -21,9 +23,99 @@ std::string range_text(Gpa start, u64 size) {
     return text;
 }
 
+using Region = GuestMemory::Region;
+
+constexpr u64 k2M = u64{1} << 21, k1G = u64{1} << 30;
+
+// The pool that a region's pages come from; 0: none.
+u64 pool_page(HugePages huge) {
+    return huge == HugePages::k1G ? k1G : huge == HugePages::k2M ? k2M : 0;
+}
+
+const char* page_name(u64 page) {
+    return page == k1G ? "1 GiB" : "2 MiB";
+}
+
+std::string pool_folder(u64 page) {
+    return "/sys/kernel/mm/hugepages/hugepages-" + std::to_string(page >> 10) + "kB";
+}
+
+// A number that the kernel shows in a file; 0 when it does not.
+u64 read_number(const std::string& path) {
+    u64 value = 0;
+    if (std::FILE* file = std::fopen(path.c_str(), "re")) {
+        unsigned long long number = 0;
+        if (std::fscanf(file, "%llu", &number) == 1) value = number;
+        std::fclose(file);
+    }
+    return value;
+}
+
+OwnedFd make_memfd(const Region& region, HugePages huge) {
+    const u64 page = pool_page(huge);
+    unsigned flags = MFD_CLOEXEC;
+    if (page != 0) {
+        if (region.start.value % page != 0 || region.size % page != 0) {
+            throw ConfigError("hugepages", "memory region '" + region.name + "' at " +
+                                               range_text(region.start, region.size) +
+                                               " does not consist of whole pages of " +
+                                               page_name(page) +
+                                               "; give memory in multiples of that, or take "
+                                               "smaller pages");
+        }
+        flags |= MFD_HUGETLB | static_cast<unsigned>(std::countr_zero(page)) << MAP_HUGE_SHIFT;
+    }
+    OwnedFd fd(::memfd_create(("polyvisor:" + region.name).c_str(), flags));
+    if (fd) return fd;
+    if (page != 0 && (errno == ENODEV || errno == EINVAL || errno == ENOENT)) {
+        throw ConfigError("hugepages", std::string("this host has no pages of ") + page_name(page) +
+                                           "; take others, or transparent ones");
+    }
+    throw_errno("cannot create guest memory");
+}
+
+Mapping map_region(const Region& region, HugePages huge) {
+    const u64 page = pool_page(huge);
+    Mapping::Placement placement;
+    placement.alignment = page != 0 ? page : region.size >= k2M ? k2M : kPageSize;
+    placement.phase = region.start.value;
+    placement.reserve = page != 0;
+    try {
+        Mapping mapping(region.fd.get(), region.size, placement);
+        // A wish: where it is not granted (shmem_enabled, no THP at all) there are small pages.
+        if (huge == HugePages::kTransparent) {
+            ::madvise(mapping.data(), mapping.size(), MADV_HUGEPAGE);
+        }
+        return mapping;
+    } catch (const HostError& error) {
+        if (page == 0 || error.code != ENOMEM) throw;
+        const std::string pool = pool_folder(page);
+        const u64 want = region.size / page, total = read_number(pool + "/nr_hugepages");
+        const u64 taken = read_number(pool + "/resv_hugepages");
+        const u64 free = read_number(pool + "/free_hugepages");
+        const u64 left = free > taken ? free - taken : 0;
+        throw ConfigError("hugepages", "memory region '" + region.name + "' needs " +
+                                           std::to_string(want) + " pages of " + page_name(page) +
+                                           ", but the host has " + std::to_string(left) +
+                                           " left; reserve more: echo " +
+                                           std::to_string(total + want - std::min(left, want)) +
+                                           " > " + pool + "/nr_hugepages");
+    }
+}
+
 }  // namespace
 
-GuestMemory::Region& GuestMemory::add(Gpa start, u64 size, std::string name, bool read_only) {
+HugePages parse_huge_pages(const std::string& name) {
+    if (name == "none") return HugePages::kNone;
+    if (name == "transparent") return HugePages::kTransparent;
+    if (name == "2M") return HugePages::k2M;
+    if (name == "1G") return HugePages::k1G;
+    throw ConfigError("hugepages", "there are no huge pages of kind '" + name +
+                                       "'; choose one of none, transparent, 2M, 1G");
+}
+
+GuestMemory::Region& GuestMemory::add(Gpa start, u64 size, std::string name, bool read_only,
+                                      HugePages huge) {
     if (size == 0 || (size & kPageMask) != 0 || (start.value & kPageMask) != 0) {
         throw ConfigError("memory", "memory region '" + name + "' at " + range_text(start, size) +
                                         " must start and end on a 4096-byte page");
@@ -47,12 +139,11 @@ GuestMemory::Region& GuestMemory::add(Gpa start, u64 size, std::string name, boo
     region->size = size;
     region->read_only = read_only;
     region->name = std::move(name);
-    region->fd = OwnedFd(::memfd_create(("polyvisor:" + region->name).c_str(), MFD_CLOEXEC));
-    if (!region->fd) throw_errno("cannot create guest memory");
+    region->fd = make_memfd(*region, huge);
     if (::ftruncate(region->fd.get(), static_cast<off_t>(size)) != 0) {
         throw_errno("cannot size guest memory to " + std::to_string(size) + " bytes");
     }
-    region->mapping = Mapping(region->fd.get(), 0, size);
+    region->mapping = map_region(*region, huge);
     region->page_flags = std::make_unique<std::atomic<u8>[]>(region->pages());
     region->dirty = std::make_unique<std::atomic<u64>[]>(region->bitmap_words());
     auto at = std::find_if(regions_.begin(), regions_.end(),

@@ -33,6 +33,17 @@ enum PageFlags : u8 {
     kPageWriteTraps = kPageCode | kPageDirtyTrack,
 };
 
+/// What the host backs a region with. Guest-physical and host addresses are congruent modulo the
+/// larger page, so that KVM can map it as one.
+enum class HugePages : u8 {
+    kNone,
+    kTransparent,  ///< where the host joins pages of shared memory on request (shmem_enabled)
+    k2M,           ///< from the host's pool, taken when the region is made
+    k1G,
+};
+/// "none", "transparent", "2M", "1G". Throws ConfigError for anything else.
+HugePages parse_huge_pages(const std::string& name);
+
 class GuestMemory {
   public:
     struct Region {
@@ -73,8 +84,10 @@ class GuestMemory {
     GuestMemory& operator=(const GuestMemory&) = delete;
 
     /// Adds `size` bytes (a multiple of 4096, > 0) of zeroed memory at `start` (page aligned).
-    /// Throws MemoryRangeError on overlap or wrap-around, ConfigError on bad sizes, HostError.
-    Region& add(Gpa start, u64 size, std::string name, bool read_only = false);
+    /// Throws MemoryRangeError on overlap or wrap-around, ConfigError on bad sizes and for huge
+    /// pages that the host does not have or has too few of, HostError.
+    Region& add(Gpa start, u64 size, std::string name, bool read_only = false,
+                HugePages huge = HugePages::kNone);
 
     /// The region that holds gpa, or nullptr. Lock-free; regions are sorted by address.
     const Region* find(Gpa gpa) const;

@@ -155,6 +155,63 @@ void dirty_bits() {
     CHECK(take(next) == std::vector<u64>{0});
 }
 
+std::string refusal(HugePages huge, Gpa start, u64 size) {
+    GuestMemory memory;
+    try {
+        memory.add(start, size, "ram", false, huge);
+    } catch (const ConfigError& error) {
+        CHECK_EQ(error.field, std::string("hugepages"));
+        CHECK(memory.regions().empty());
+        return error.what();
+    }
+    return "";
+}
+
+bool contains(const std::string& text, const char* part) {
+    return text.find(part) != std::string::npos;
+}
+
+void huge_pages() {
+    // Host and guest addresses have the same place in a huge page, whoever asked for which.
+    GuestMemory memory;
+    for (u64 start : {u64{0}, u64{0x234000}, u64{1} << 32, (u64{1} << 32) + 0x1000'5000}) {
+        auto& region = memory.add(Gpa(start), 0x200000, "ram", false,
+                                  start == 0 ? HugePages::kTransparent : HugePages::kNone);
+        u64 host = reinterpret_cast<u64>(region.host(start));
+        CHECK_EQ(host % (2 << 20), start % (2 << 20));
+        memory.store<u64>(Gpa(start + region.size - 8), start);
+        CHECK_EQ(memory.load<u64>(Gpa(start + region.size - 8)), start);
+    }
+
+    CHECK(parse_huge_pages("none") == HugePages::kNone);
+    CHECK(parse_huge_pages("transparent") == HugePages::kTransparent);
+    CHECK(parse_huge_pages("2M") == HugePages::k2M);
+    CHECK(parse_huge_pages("1G") == HugePages::k1G);
+    CHECK_THROWS(parse_huge_pages("2m"), ConfigError);
+
+    CHECK(contains(refusal(HugePages::k2M, Gpa(0), 0x201000), "whole pages of 2 MiB"));
+    CHECK(contains(refusal(HugePages::k2M, Gpa(0x1000), 0x200000), "whole pages of 2 MiB"));
+    CHECK(contains(refusal(HugePages::k1G, Gpa(0), 0x200000), "whole pages of 1 GiB"));
+    // More than any host's pool holds: told now, not by a SIGBUS when it is touched.
+    std::string much = refusal(HugePages::k2M, Gpa(0), u64{1} << 46);
+    CHECK(contains(much, "needs 33554432 pages of 2 MiB") || contains(much, "has no pages of"));
+    CHECK(contains(much, "hugepages-2048kB/nr_hugepages") || contains(much, "has no pages of"));
+
+    // Where there is a pool, it is used.
+    std::string why = refusal(HugePages::k2M, Gpa(0), 0x400000);
+    if (why.empty()) {
+        GuestMemory huge;
+        auto& region = huge.add(Gpa(0), 0x400000, "ram", false, HugePages::k2M);
+        struct stat info;
+        CHECK_EQ(::fstat(region.fd.get(), &info), 0);
+        CHECK_EQ(info.st_blksize, 2 << 20);
+        huge.store<u64>(Gpa(0x3ffff8), 5);
+        CHECK_EQ(huge.load<u64>(Gpa(0x3ffff8)), 5u);
+    } else {
+        CHECK(contains(why, "needs 2 pages of 2 MiB") || contains(why, "has no pages of"));
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -163,5 +220,6 @@ int main() {
     copies_across_regions();
     observer();
     dirty_bits();
+    huge_pages();
     return pvtest::finish("test_guest_memory");
 }

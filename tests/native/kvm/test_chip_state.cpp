@@ -1,6 +1,6 @@
-// The conversions between our chips' States and KVM's structs, without a KVM: nothing is lost on the
-// way but what chip_state.hpp says, what comes from KVM is valid, and a State that came from KVM
-// goes there and back unchanged.
+// The conversions between our chips' States and KVM's structs, without a KVM: nothing is lost on
+// the way but what chip_state.hpp says, what comes from KVM is valid, and a State that came from
+// KVM goes there and back unchanged.
 #include <cstring>
 
 #include "base/error.hpp"

@@ -119,7 +119,7 @@ def _unchanged(path: Path, expected: Any) -> bool:
         found = path.stat()
         if found.st_size != expected["size"]:
             return False
-        return found.st_mtime_ns == expected["time"] or _sum(path) == expected["sha256"]
+        return bool(found.st_mtime_ns == expected["time"] or _sum(path) == expected["sha256"])
     except (OSError, KeyError, TypeError):
         return False
 

@@ -30,7 +30,7 @@ test-fast: build-all ## the tests that take seconds: no booted kernels, nothing 
 
 test-kvm: build-all ## the tests that need KVM, of a wheel, on the real kvm-amd in an emulated PC
 	@scripts/system-packages rig
-	@timeout --foreground -k 30 1200 tests/rig/suite $(PYTEST_ARGS)
+	@timeout --foreground -k 30 1200 tests/rig/suite tests $(PYTEST_ARGS)
 
 bench: setup ## run the benchmarks, save them in .benchmarks/, compare with the last saved run
 	@scripts/system-packages bench
@@ -38,6 +38,11 @@ bench: setup ## run the benchmarks, save them in .benchmarks/, compare with the 
 	@$(PYTEST) benchmarks --benchmark-only --benchmark-storage=file://.benchmarks --benchmark-autosave \
 	  $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare) --benchmark-sort=fullname \
 	  --benchmark-columns=min,mean,stddev,rounds -o timeout=1800 $(PYTEST_ARGS)
+
+bench-kvm: setup ## the benchmarks of engine kvm, in the emulated PC of make test-kvm
+	@scripts/system-packages rig bench
+	@scripts/build pv_python
+	@timeout --foreground -k 30 3600 tests/rig/suite benchmarks $(PYTEST_ARGS)
 
 lint: setup ## ruff, mypy --strict, clang-format: checks only
 	@scripts/style check

@@ -43,9 +43,9 @@ class Chips final : public InterruptChips {
 
     /// KVM_EXIT_IOAPIC_EOI.
     void ended(u8 vector);
-    /// The CPU's TSC was moved against the host's: KVM keeps a TSC deadline as the host's time, and
-    /// has to be told again. On the vCPU's thread, before it enters the guest.
-    void tsc_moved(u32 cpu);
+    /// The machine's time was moved (it was paused, restored), and the CPU's TSC with it: KVM keeps
+    /// its timers in the host's time. On the vCPU's thread, before it enters the guest.
+    void time_moved(u32 cpu);
 
   private:
     struct Message {
@@ -78,6 +78,7 @@ class Chips final : public InterruptChips {
     void restore_pic(std::span<const u8> bytes);
     std::vector<u8> save_pit() const;
     void restore_pit(std::span<const u8> bytes);
+    void forget_missed_ticks();
 
     Vm& vm_;
     mutable std::mutex mutex_;     // a leaf; not held while the EOI handler runs

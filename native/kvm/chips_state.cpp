@@ -7,7 +7,7 @@
 // the IOAPIC and the 8259s, which deliver what is asserted as soon as they are set.
 //
 // Time: KVM's timers run on the host's monotonic clock, also while the machine is paused. A TSC
-// deadline is armed when the vCPU next enters the guest, with its TSC in place (tsc_moved()), so it
+// deadline is armed when the vCPU next enters the guest, with its TSC in place (time_moved()), so it
 // is exact. The one-shot and periodic modes count from restore() on and go on counting in a pause:
 // their next interrupt may come early, which guests take as spurious.
 #include <time.h>
@@ -173,7 +173,8 @@ void Chips::restore_lapic(u32 cpu, std::span<const u8> bytes) {
     }
 }
 
-void Chips::tsc_moved(u32 cpu) {
+void Chips::time_moved(u32 cpu) {
+    if (cpu == 0 && mode() == IrqchipMode::kKernel) forget_missed_ticks();
     if (!lapic_config(cpu).tsc_deadline) return;
     int fd = vcpu(cpu).fd();
     u64 deadline = kept_lapics_[cpu].deadline;
@@ -240,6 +241,15 @@ void Chips::restore_pit(std::span<const u8> bytes) {
     kept_pit_.at = vm_.config().clock.now();
     kept_pit_.valid = true;
     kept_pit_.state = state;
+}
+
+// KVM makes up for every tick that the guest could not take, those of a pause too. Setting the PIT
+// starts a new period without them.
+void Chips::forget_missed_ticks() {
+    kvm_pit_state2 pit{};
+    call_ioctl(vm_.fd(), KVM_GET_PIT2, &pit);
+    u8 mode = pit.channels[0].mode;
+    if (mode == 2 || mode == 3) call_ioctl(vm_.fd(), KVM_SET_PIT2, &pit);
 }
 
 }  // namespace polyvisor::kvm

@@ -333,7 +333,7 @@ void KvmVcpu::sync_tsc(bool anew) {
         msrs->entries[0].data = vm_.config().clock.tsc() + tsc_offset_;
         call_ioctl(fd(), KVM_SET_MSRS, msrs.head());
     }
-    if (vm_.chips() != nullptr) vm_.chips()->tsc_moved(id_);
+    if (vm_.chips() != nullptr) vm_.chips()->time_moved(id_);
 }
 
 // --- State ---------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@
 // the IOAPIC and the 8259s, which deliver what is asserted as soon as they are set.
 //
 // Time: KVM's timers run on the host's monotonic clock, also while the machine is paused. A TSC
-// deadline is armed when the vCPU next enters the guest, with its TSC in place (time_moved()), so it
-// is exact. The one-shot and periodic modes count from restore() on and go on counting in a pause:
-// their next interrupt may come early, which guests take as spurious.
+// deadline is armed when the vCPU next enters the guest, with its TSC in place (time_moved()), so
+// it is exact. The one-shot and periodic modes count from restore() on and go on counting in a
+// pause: their next interrupt may come early, which guests take as spurious.
 #include <time.h>
 #include "kvm/abi.hpp"
 

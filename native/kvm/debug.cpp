@@ -32,7 +32,40 @@ u64 linear_rip(const KvmVcpu& vcpu, u64 rip) {
     return long64 ? rip : static_cast<u32>(sregs.cs.base + rip);
 }
 
+// The guest's byte at a linear address; nullptr where there is none.
+u8* byte_at(const KvmVcpu& vcpu, u64 linear) {
+    kvm_translation translation{};
+    translation.linear_address = linear;
+    if (try_ioctl(vcpu.fd(), KVM_TRANSLATE, &translation) < 0 || !translation.valid) return nullptr;
+    std::span<u8> span = vcpu.vm().config().memory.span(Gpa(translation.physical_address), 1);
+    return span.empty() ? nullptr : span.data();
+}
+
 }  // namespace
+
+// Whether the instruction at step_rip_ is PUSHF, behind whatever prefixes.
+bool VcpuDebug::at_pushf() const {
+    for (u64 n = 0; n < 15; ++n) {
+        const u8* byte = byte_at(vcpu_, step_rip_ + n);
+        if (byte == nullptr) return false;
+        if (*byte == 0x9c) return true;
+        bool prefix = *byte == 0x66 || *byte == 0x67 || *byte == 0xf2 || *byte == 0xf3 ||
+                      (*byte & 0xe7) == 0x26 || *byte == 0x64 || *byte == 0x65 ||
+                      (*byte & 0xf0) == 0x40;
+        if (!prefix) return false;
+    }
+    return false;
+}
+
+// KVM steps by TF, which a PUSHF stores: the guest must not find it there.
+void VcpuDebug::hide_pushed_trap() const {
+    kvm_sregs sregs;
+    call_ioctl(vcpu_.fd(), KVM_GET_SREGS, &sregs);
+    u64 stack = get_regs(vcpu_).rsp;
+    bool long64 = (sregs.efer & bit(10)) && sregs.cs.l;
+    if (!long64) stack = static_cast<u32>(sregs.ss.base + (sregs.ss.db ? stack : stack & 0xffff));
+    if (u8* second = byte_at(vcpu_, stack + 1)) *second &= static_cast<u8>(~(kTrapFlag >> 8));
+}
 
 void VcpuDebug::set(const GuestDebug& wanted) {
     validate(wanted);
@@ -65,6 +98,7 @@ void VcpuDebug::before_entry() {
         // everything that offers this interface honours it.)
         if (stopped_at_ == step_rip_) stepping_ = true;
         stopped_at_.reset();
+        pushf_ = stepping_ && !guest_trap_ && at_pushf();
     }
     if (stepping_) {
         debug.control |= KVM_GUESTDBG_SINGLESTEP;
@@ -126,6 +160,7 @@ bool VcpuDebug::exited(Exit& exit) {
 
 bool VcpuDebug::finish_step(Exit& exit, u32 dr6, u64 pc) {
     leave();
+    if (pushf_ && pc != step_rip_) hide_pushed_trap();
     if (guest_trap_) give_to_guest(kDr6Step);
     if (!wanted_.single_step) dr6 &= ~u32{kDr6Step};  // it was only to get past a breakpoint
     if (dr6 == 0) return false;

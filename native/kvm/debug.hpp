@@ -44,6 +44,8 @@ class VcpuDebug {
   private:
     bool finish_step(Exit& exit, u32 dr6, u64 pc);
     void apply(kvm_guest_debug& debug);
+    bool at_pushf() const;
+    void hide_pushed_trap() const;
     void give_to_guest(u32 dr6);
 
     KvmVcpu& vcpu_;
@@ -54,7 +56,8 @@ class VcpuDebug {
     bool known_ = false;     // KVM has some of it on
     u32 inject_ = 0;         // KVM_GUESTDBG_INJECT_*, at the next entry
     u64 step_rip_ = 0;       // linear RIP when the step began
-    bool guest_trap_ = false;         // the guest's own TF then
+    bool guest_trap_ = false;  // the guest's own TF then
+    bool pushf_ = false;       // the step is over a PUSHF
     std::optional<u64> stopped_at_;   // the code breakpoint that ended the last run()
 };
 

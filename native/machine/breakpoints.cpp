@@ -78,7 +78,8 @@ GuestDebug Breakpoints::wanted() const {
     return debug;
 }
 
-u64 Breakpoints::add(const Vcpu& vcpu, u64 address, Kind kind, u8 size) {
+u64 Breakpoints::add(const Vcpus& vcpus, u32 index, u64 address, Kind kind, u8 size) {
+    const Vcpu& vcpu = *vcpus[index];
     Breakpoint breakpoint{0, address, kind, size, 0};
     if (kind == Kind::kSoftware) {
         if (size != 1) throw ConfigError("size", "a software breakpoint has no size but 1");
@@ -102,15 +103,16 @@ u64 Breakpoints::add(const Vcpu& vcpu, u64 address, Kind kind, u8 size) {
         }
     }
     all_.push_back(breakpoint);
+    all_.back().id = last_id_ + 1;
+    armed_ = false;
     try {
-        validate(wanted());
+        tell(vcpus);
     } catch (...) {
         all_.pop_back();
+        armed_ = false;
         throw;
     }
-    all_.back().id = ++last_id_;
-    armed_ = false;
-    return last_id_;
+    return ++last_id_;
 }
 
 void Breakpoints::remove(u64 id) {
@@ -136,19 +138,23 @@ void Breakpoints::arm(const Vcpus& vcpus, const std::function<void(Vcpu&)>& pass
         if (linear_rip(vcpu.save()) == stop.address) pass(vcpu);
     }
     std::lock_guard lock(mutex_);
-    if (!armed_) {
-        GuestDebug debug = wanted();
-        if (told_ || debug != GuestDebug{}) {
-            for (const auto& vcpu : vcpus) vcpu->set_debug(debug);
-        }
-        told_ = debug != GuestDebug{};
-        in_registers_.clear();
-        for (const Breakpoint& breakpoint : all_) {
-            if (breakpoint.kind != Kind::kSoftware) in_registers_.push_back(breakpoint.id);
-        }
-        armed_ = true;
-    }
+    tell(vcpus);
     insert();
+}
+
+void Breakpoints::tell(const Vcpus& vcpus) {
+    if (armed_) return;
+    GuestDebug debug = wanted();
+    validate(debug);
+    if (told_ || debug != GuestDebug{}) {
+        for (const auto& vcpu : vcpus) vcpu->set_debug(debug);
+    }
+    told_ = debug != GuestDebug{};
+    in_registers_.clear();
+    for (const Breakpoint& breakpoint : all_) {
+        if (breakpoint.kind != Kind::kSoftware) in_registers_.push_back(breakpoint.id);
+    }
+    armed_ = true;
 }
 
 void Breakpoints::insert() {

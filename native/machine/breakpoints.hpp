@@ -44,8 +44,9 @@ class Breakpoints {
 
     // While the machine stands still.
     /// Throws ConfigError for one that is impossible or there already, StateError when a software
-    /// breakpoint's address is not mapped now (by `vcpu`'s page tables) or is no memory.
-    u64 add(const Vcpu& vcpu, u64 address, Breakpoint::Kind kind, u8 size);
+    /// breakpoint's address is not mapped now (by the page tables of CPU `index`) or is no memory,
+    /// StateMismatch when the engine has none of this kind.
+    u64 add(const Vcpus& vcpus, u32 index, u64 address, Breakpoint::Kind kind, u8 size);
     /// Throws ConfigError when there is none with this id.
     void remove(u64 id);
     /// Tells the CPUs, forgets the stops and puts the INT3s in. `pass` leads a CPU past the
@@ -71,6 +72,7 @@ class Breakpoints {
     };
 
     GuestDebug wanted() const;
+    void tell(const Vcpus& vcpus);
     void insert();
 
     GuestMemory& memory_;

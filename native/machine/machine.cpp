@@ -357,7 +357,7 @@ void Machine::nmi(u32 index) {
 u64 Machine::add_breakpoint(u32 index, u64 address, Breakpoint::Kind kind, u8 size) {
     std::lock_guard lock(lifecycle_mutex_);
     check_standing(index);
-    return breakpoints_.add(*vcpus_[index], address, kind, size);
+    return breakpoints_.add(vcpus_, index, address, kind, size);
 }
 
 void Machine::remove_breakpoint(u64 id) {

@@ -114,7 +114,10 @@ class Cpu:
     def step(self, instructions: int = 1) -> None:
         """Executes exactly so many instructions in the calling thread, then returns.
 
-        The machine must be created or paused. Fewer are executed only when it ends meanwhile.
+        The machine must be created or paused. Fewer are executed only when it ends meanwhile, or
+        halts with interrupts off. Breakpoints are passed. Engine soft takes interrupts as they
+        come; with engine kvm they wait until the machine runs again, and an instruction that faults
+        takes its handler along (docs/debugging.md).
         """
         self._machine.step(self.index, instructions)
 

@@ -15,6 +15,7 @@ from polyvisor import _native
 from polyvisor.config import EngineName, IrqchipName, MachineConfig
 from polyvisor.console import Console
 from polyvisor.cpu import Cpu
+from polyvisor.debug import Breakpoints, DebugStop, stops
 from polyvisor.errors import ConfigError, DeviceError, MachineTimeout, StateMismatch
 from polyvisor.memory import Memory
 
@@ -138,6 +139,8 @@ class Machine:
         self._memory: Memory | None = Memory(self._native.memory)
         self._serial = [Console(self._native.serial(i)) for i in range(config.serial_ports)]
         self._cpus = [Cpu(self._native, self._memory, i) for i in range(config.cpus)]
+        #: Breakpoints and watchpoints of the host; see `wait_pause`.
+        self.breakpoints = Breakpoints(self._native)
         #: The standard devices that are written in Python, by name ("rtc", "i8042").
         self.devices: dict[str, object] = {}
         if standard_devices:
@@ -302,6 +305,20 @@ class Machine:
         Raises `DeviceError` when a Python device raised; the original exception is its cause.
         """
         return self._exit_info(self._native.wait(timeout))
+
+    def wait_pause(self, timeout: float | None = None) -> DebugStop | None:
+        """Waits until the machine is paused, by one of its `breakpoints` or by `pause`, and tells
+        why. None when it has ended instead, or `timeout` seconds are over.
+
+        Several CPUs may have met breakpoints before all stood still: see `stops`.
+        """
+        if not self._native.wait_stopped(timeout) or self.state != "paused":
+            return None
+        return next(iter(self.stops()), DebugStop(reason="pause"))
+
+    def stops(self) -> list[DebugStop]:
+        """The breakpoints that CPUs have met since the machine last ran, the first first."""
+        return stops(self._native)
 
     def run(self, timeout: float | None = None) -> ExitInfo:
         """Starts (or resumes) and waits for the end.

@@ -403,10 +403,4 @@ std::vector<Vcpu::Counter> KvmVcpu::exits() const {
     return result;
 }
 
-std::vector<Vcpu::Counter> KvmVcpu::counters() const {
-    std::vector<Counter> result = exits();
-    for (Counter& counter : result) counter.name = "kvm exits " + counter.name;
-    return result;
-}
-
 }  // namespace polyvisor::kvm

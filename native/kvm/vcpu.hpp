@@ -32,7 +32,7 @@ class KvmVcpu final : public Vcpu {
     void restore(const CpuState& state) override;
     u32 id() const override { return id_; }
     bool translate(u64 gva, u64& gpa) const override;
-    std::vector<Counter> counters() const override;
+    std::vector<Counter> counters() const override { return {}; }
     std::vector<Counter> exits() const override;
     std::vector<Statistic> host_statistics() const override { return stats_.read(); }
 

@@ -38,7 +38,7 @@ def test_counts(engine: str) -> None:
         assert counted["devices"]["debug-exit@0xf4"] == {"reads": 0, "writes": 1}
         assert counted["unclaimed"] == {"ports": 1, "memory": 0}
         (cpu,) = counted["cpus"]
-        assert cpu["returns"]["io"] == 1
+        assert cpu["returns"]["interrupted"] >= 1  # the end
         json.dumps(counted)  # plain data, all of it
         assert machine.statistics()["devices"] == counted["devices"]
     assert machine.statistics()["devices"] == counted["devices"]  # also when closed

@@ -159,13 +159,17 @@ PyMachine::~PyMachine() {
 }
 
 std::optional<StopInfo> PyMachine::stop_info() const {
-    if (!core_) return stop_;
+    if (!core_ || forked()) return stop_;
     if (core_->machine().phase() != Phase::kEnded) return std::nullopt;
     return core_->machine().stop_info();
 }
 
 std::shared_ptr<Core> PyMachine::core() const {
     if (!core_) throw StateMismatch("machine '" + name_ + "' is closed");
+    if (forked()) {
+        throw StateMismatch("machine '" + name_ + "' belongs to process " + std::to_string(pid_) +
+                            ", from which this one was forked; make a machine of its own here");
+    }
     return core_;
 }
 
@@ -181,7 +185,7 @@ const std::shared_ptr<SerialConsole>& PyMachine::serial(unsigned index) const {
 py::dict PyMachine::counters() const {
     if (!core_) return counters_;
     py::dict result;
-    for (const auto& counter : core_->machine().counters()) {
+    for (const auto& counter : core()->machine().counters()) {
         result[counter.name.c_str()] = counter.value;
     }
     return result;
@@ -190,6 +194,10 @@ py::dict PyMachine::counters() const {
 void PyMachine::close() {
     auto core = core_;
     if (!core) return;
+    if (forked()) {
+        new std::shared_ptr<Core>(std::move(core_));  // nothing of it may be touched here
+        return;
+    }
     if (core->machine().on_own_thread()) {
         throw StateMismatch("a device or timer cannot close its own machine; use stop()");
     }

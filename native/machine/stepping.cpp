@@ -39,14 +39,23 @@ bool is_repeated(const Vcpu& vcpu, const GuestMemory& memory, u64 linear) {
     return false;
 }
 
+// Halted with interrupts off: another step would not end.
+bool is_halted_for_good(const CpuState& state) {
+    constexpr u64 kInterruptFlag = bit(9);
+    return state.activity == Activity::kHalted && !(state.rflags & kInterruptFlag) &&
+           !state.nmi_pending;
+}
+
 }  // namespace
 
 void single_step(Vcpu& vcpu, GuestMemory& memory, u64 instructions,
                  const std::function<bool(Exit&)>& serve) {
     GuestDebug debug;
     debug.single_step = true;
+    CpuState state = vcpu.save();
+    if (is_halted_for_good(state)) return;
     vcpu.set_debug(debug);
-    u64 at = linear_rip(vcpu.save());
+    u64 at = linear_rip(state);
     for (u64 done = 0; done < instructions;) {
         Exit exit = vcpu.run();
         if (exit.reason != ExitReason::kDebug) {
@@ -55,8 +64,10 @@ void single_step(Vcpu& vcpu, GuestMemory& memory, u64 instructions,
         }
         if (!(exit.dr6 & kDr6Step)) continue;
         bool unfinished = exit.address == at && is_repeated(vcpu, memory, at);
+        bool maybe_halted = exit.address == at + 1;  // HLT is a byte
         at = exit.address;
         if (!unfinished) ++done;
+        if (maybe_halted && is_halted_for_good(vcpu.save())) break;
     }
     vcpu.set_debug({});
 }

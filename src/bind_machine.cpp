@@ -245,7 +245,7 @@ void bind_machine(py::module_& module) {
                          const std::string& cpu_model, bool deterministic, u64 tsc_khz,
                          u64 ns_per_1000_instructions, unsigned serial_ports,
                          const std::string& irqchip, const py::dict& cpu_features, bool portable,
-                         const std::string& name) {
+                         const std::string& hugepages, u32 dirty_ring, const std::string& name) {
                  MachineConfig config;
                  config.memory = memory;
                  config.cpus = cpus;
@@ -261,6 +261,8 @@ void bind_machine(py::module_& module) {
                                                       py::cast<bool>(on));
                  }
                  config.portable = portable;
+                 config.hugepages = hugepages;
+                 config.dirty_ring = dirty_ring;
                  config.name = name;
                  return std::make_unique<PyMachine>(std::move(config));
              }),
@@ -269,9 +271,11 @@ void bind_machine(py::module_& module) {
              py::arg("tsc_khz") = 0, py::arg("ns_per_1000_instructions") = 1000,
              py::arg("serial_ports") = 2, py::arg("irqchip") = "auto",
              py::arg("cpu_features") = py::dict(), py::arg("portable") = false,
-             py::arg("name") = "machine")
+             py::arg("hugepages") = "auto", py::arg("dirty_ring") = 0, py::arg("name") = "machine")
         .def_property_readonly("memory",
                                [](const PyMachine& m) { return m.core()->machine().memory(); })
+        .def("dirty_log",
+             [](const PyMachine& m) { return std::make_unique<PyDirtyLog>(m.core(), m.name()); })
         .def_property_readonly("engine", &PyMachine::engine)
         .def_property_readonly(
             "tsc_khz", [](const PyMachine& m) { return m.core()->machine().clock().tsc_khz(); })

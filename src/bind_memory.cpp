@@ -3,6 +3,7 @@
 
 #include "base/error.hpp"
 #include "bindings.hpp"
+#include "handles.hpp"
 #include "memory/guest_memory.hpp"
 
 namespace polyvisor::python {
@@ -52,6 +53,12 @@ void bind_memory(py::module_& module) {
             return py::buffer_info(r.region->mapping.data(), 1, "B", 1,
                                    {static_cast<py::ssize_t>(r.region->size)}, {py::ssize_t{1}});
         });
+
+    py::class_<PyDirtyLog>(module, "DirtyLog")
+        .def_property_readonly("active", &PyDirtyLog::active)
+        .def_property_readonly("method", &PyDirtyLog::method)
+        .def("fetch", &PyDirtyLog::fetch)
+        .def("stop", &PyDirtyLog::stop);
 
     py::class_<GuestMemory, std::shared_ptr<GuestMemory>>(module, "GuestMemory")
         .def_property_readonly("regions",

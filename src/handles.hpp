@@ -3,6 +3,8 @@
 
 #include <unistd.h>
 
+#include <atomic>
+
 #include "base/error.hpp"
 #include "core.hpp"
 
@@ -18,6 +20,30 @@ class PyIrqLine {
   private:
     std::shared_ptr<Core> core_;  // the wire leads into its chips
     std::unique_ptr<IrqLine> line_;
+};
+
+/// The use of a machine's dirty log, from construction to stop().
+class PyDirtyLog {
+  public:
+    /// Throws StateMismatch when the log is in use, HostError.
+    PyDirtyLog(const std::shared_ptr<Core>& core, std::string machine);
+    ~PyDirtyLog();
+    PyDirtyLog(const PyDirtyLog&) = delete;
+    PyDirtyLog& operator=(const PyDirtyLog&) = delete;
+
+    bool active() const { return using_ && !core_.expired(); }
+    const char* method() const { return method_; }
+    /// ([(gpa, bytes), ...] of adjacent pages joined, [(start of region, its bitmap), ...]).
+    py::tuple fetch();
+    /// Nothing when it has been stopped before, or the machine is closed.
+    void stop();
+
+  private:
+    std::weak_ptr<Core> core_;
+    std::string machine_;
+    pid_t pid_;
+    const char* method_ = "";
+    std::atomic<bool> using_{true};
 };
 
 /// A machine, until it is closed; what can still be told then is kept here.

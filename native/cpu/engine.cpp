@@ -1,7 +1,5 @@
 #include "cpu/engine.hpp"
 
-#include "base/error.hpp"
-
 namespace polyvisor {
 
 const char* to_string(IrqchipMode mode) {
@@ -14,10 +12,6 @@ const char* to_string(IrqchipMode mode) {
             return "kernel";
     }
     return "?";
-}
-
-DirtyLog& Engine::dirty_log() {
-    throw StateMismatch("this engine has no dirty log");
 }
 
 }  // namespace polyvisor

@@ -106,6 +106,7 @@ struct EngineOffer {
     u64 native_tsc_khz = 0;  ///< the TSC frequency it has without effort; 0: any
     bool tsc_scaling = true;
     bool irqchip = false;  ///< it can run interrupt chips itself (kSplit, kKernel)
+    bool nested_paging = false;
     /// More features, when the engine plays the local APICs.
     FeatureSet irqchip_features = FeatureSet{};
     u8 physical_bits = 40;      ///< of guest-physical addresses
@@ -140,7 +141,7 @@ class Engine {
     /// The interrupt chips it runs itself; nullptr when all are the machine's (kUser).
     virtual InterruptChips* chips() { return nullptr; }
     /// Writes to guest memory, page by page. The engine owns it.
-    virtual DirtyLog& dirty_log();
+    virtual DirtyLog& dirty_log() = 0;
     /// Counters of the whole machine, like Vcpu::counters(), but any thread may ask at any time.
     virtual std::vector<Vcpu::Counter> counters() const { return {}; }
     /// What the host counts of the whole machine. Any thread, at any time.

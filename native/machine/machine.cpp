@@ -104,10 +104,12 @@ Machine::Machine(MachineConfig config)
         FeatureSet features = offer.features;
         if (irqchip != IrqchipMode::kUser) features = features | offer.irqchip_features;
         CpuidOptions options{offer.physical_bits, offer.arch_capabilities, config_.cpu_features};
-        cpuid = make_cpuid_policy(config_.cpu_model, features, config_.cpus, config_.tsc_khz,
-                                  options);
+        cpuid =
+            make_cpuid_policy(config_.cpu_model, features, config_.cpus, config_.tsc_khz, options);
     }
-    add_pc_memory(*memory_, config_.memory);
+    if (config_.hugepages == "auto")
+        config_.hugepages = offer.nested_paging ? "transparent" : "none";
+    add_pc_memory(*memory_, config_.memory, parse_huge_pages(config_.hugepages));
     PcConfig pc;
     pc.cpus = config_.cpus;
     pc.serial_ports = config_.serial_ports;
@@ -120,6 +122,7 @@ Machine::Machine(MachineConfig config)
     EngineConfig engine{*memory_, pio_, mmio_, clock_, std::move(cpuid)};
     engine.irqchip = irqchip;
     engine.cpus = config_.cpus;
+    engine.dirty_ring = config_.dirty_ring;
     engine.log = &log_;
     engine.deterministic = config_.deterministic;
     engine.ns_per_1000_instructions = config_.ns_per_1000_instructions;

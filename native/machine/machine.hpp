@@ -35,6 +35,11 @@ struct MachineConfig {
     u64 tsc_khz = 0;  ///< 0: what the engine has without effort, or else 1 GHz
     /// Who plays the interrupt chips: "auto" (the engine if it can), "user", "split", "kernel".
     std::string irqchip = "auto";
+    /// What the host backs the RAM with: "none", "transparent", "2M", "1G", see HugePages; "auto":
+    /// transparent on engines with nested paging, which is spared most of its faults, none on
+    /// others, for which clearing whole huge pages costs more than it saves.
+    std::string hugepages = "auto";
+    u32 dirty_ring = 0;  ///< see EngineConfig
     u64 ns_per_1000_instructions = 1000;
     unsigned serial_ports = 2;
     std::string name = "machine";

@@ -32,10 +32,10 @@ std::vector<std::pair<std::string, u64>> PcLayout::values() {
     };
 }
 
-void add_pc_memory(GuestMemory& memory, u64 size) {
+void add_pc_memory(GuestMemory& memory, u64 size, HugePages huge) {
     u64 low = std::min(size, PcLayout::kHoleStart);
-    memory.add(Gpa(0), low, "ram");
-    if (size > low) memory.add(Gpa(PcLayout::kHoleEnd), size - low, "ram-high");
+    memory.add(Gpa(0), low, "ram", false, huge);
+    if (size > low) memory.add(Gpa(PcLayout::kHoleEnd), size - low, "ram-high", false, huge);
 }
 
 // The 8259 pair's INTR output where no local APIC of ours passes it on: straight to CPU 0, whose

@@ -51,7 +51,7 @@ struct PcLayout {
 
 /// Adds RAM: below the hole, the rest from 4 GiB on. The range 0xa0000..0xfffff is memory too, for
 /// tables. Throws ConfigError, HostError.
-void add_pc_memory(GuestMemory& memory, u64 size);
+void add_pc_memory(GuestMemory& memory, u64 size, HugePages huge = HugePages::kNone);
 
 struct PcConfig {
     u32 cpus = 1;

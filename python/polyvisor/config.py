@@ -12,6 +12,7 @@ from polyvisor.errors import ConfigError
 
 EngineName = Literal["auto", "soft", "kvm"]
 IrqchipName = Literal["auto", "user", "split", "kernel"]
+HugePagesName = Literal["auto", "none", "transparent", "2M", "1G"]
 
 PAGE_SIZE = 4096
 MIN_MEMORY = 1 << 20
@@ -52,6 +53,14 @@ class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     #: Who plays the interrupt chips: the engine if it can ("auto"), polyvisor alone ("user"), the
     #: engine for the local APICs ("split") or for all of them ("kernel"). `soft` has only "user".
     irqchip: IrqchipName = "auto"
+    #: What the host backs RAM with: this process's own memory, in which the host joins pages where
+    #: it can ("transparent"), 4 KiB pages of shared memory ("none"), or pages of its pool ("2M",
+    #: "1G": `memory` in multiples of that, reserved by the host's administrator). "auto" is
+    #: "transparent" on `kvm` and "none" on `soft`.
+    hugepages: HugePagesName = "auto"
+    #: `kvm`: entries of each CPU's dirty ring, a power of two from 1024, for `Memory.dirty`. 0: the
+    #: kernel keeps bitmaps, which is best unless memory is large and little of it is written.
+    dirty_ring: int = 0
     #: Deterministic mode: virtual nanoseconds that a thousand instructions take.
     ns_per_1000_instructions: int = 1000
     #: Serial ports (COM1 to COM4); `Machine.console` is the first.
@@ -113,6 +122,18 @@ class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
                 f"there is no irqchip mode {self.irqchip!r}; choose one of "
                 f"{', '.join(get_args(IrqchipName))}",
                 field="irqchip",
+            )
+        if self.hugepages not in get_args(HugePagesName):
+            raise ConfigError(
+                f"there are no huge pages of kind {self.hugepages!r}; choose one of "
+                f"{', '.join(get_args(HugePagesName))}",
+                field="hugepages",
+            )
+        self._check_int("dirty_ring", 0, 1 << 20)
+        if self.dirty_ring & (self.dirty_ring - 1):
+            raise ConfigError(
+                f"dirty_ring is {self.dirty_ring}, but must be a power of two, or 0 for none",
+                field="dirty_ring",
             )
         if self.deterministic and self.cpus != 1:
             raise ConfigError(

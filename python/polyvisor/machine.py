@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import msgspec
 
 from polyvisor import _native
-from polyvisor.config import EngineName, IrqchipName, MachineConfig
+from polyvisor.config import EngineName, HugePagesName, IrqchipName, MachineConfig
 from polyvisor.console import Console
 from polyvisor.cpu import Cpu
 from polyvisor.debug import Breakpoints, DebugStop, stops
@@ -95,6 +95,8 @@ class Machine:
         deterministic: bool | None = None,
         tsc_khz: int | None = None,
         irqchip: IrqchipName | str | None = None,
+        hugepages: HugePagesName | str | None = None,
+        dirty_ring: int | None = None,
         ns_per_1000_instructions: int | None = None,
         serial_ports: int | None = None,
         wall_clock: float | None = None,
@@ -111,6 +113,8 @@ class Machine:
             "deterministic": deterministic,
             "tsc_khz": tsc_khz,
             "irqchip": irqchip,
+            "hugepages": hugepages,
+            "dirty_ring": dirty_ring,
             "ns_per_1000_instructions": ns_per_1000_instructions,
             "serial_ports": serial_ports,
             "wall_clock": wall_clock,
@@ -129,6 +133,8 @@ class Machine:
             deterministic=config.deterministic,
             tsc_khz=config.tsc_khz or 0,
             irqchip=config.irqchip,
+            hugepages=config.hugepages,
+            dirty_ring=config.dirty_ring,
             ns_per_1000_instructions=config.ns_per_1000_instructions,
             serial_ports=config.serial_ports,
             name=config.name,
@@ -136,7 +142,7 @@ class Machine:
         self._tsc_khz = self._native.tsc_khz
         # A machine that nobody closed must not keep its threads past the interpreter's end.
         self._finalizer = weakref.finalize(self, self._native.close)
-        self._memory: Memory | None = Memory(self._native.memory)
+        self._memory: Memory | None = Memory(self._native.memory, self._native.dirty_log)
         self._serial = [Console(self._native.serial(i)) for i in range(config.serial_ports)]
         self._cpus = [Cpu(self._native, self._memory, i) for i in range(config.cpus)]
         #: Breakpoints and watchpoints of the host; see `wait_pause`.

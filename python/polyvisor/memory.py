@@ -1,9 +1,12 @@
-"""Guest memory as Python sees it: copies by address, and zero-copy views by region."""
+"""Guest memory as Python sees it: copies by address, zero-copy views by region, written pages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
 from polyvisor import _native
 from polyvisor.errors import MemoryRangeError
@@ -12,17 +15,94 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 
+@dataclass(frozen=True, slots=True)
+class DirtyPages:
+    """The pages that one `DirtyLog.fetch` reports: a sequence of `ranges`, false when empty."""
+
+    #: (gpa, bytes) of what was written, ascending: pages of 4096 bytes, adjacent ones joined.
+    ranges: list[tuple[int, int]]
+    #: The same for bulk use, by the start of each region of memory: page n of the region is bit
+    #: n % 8 of byte n // 8 (`numpy.unpackbits(..., bitorder="little")`).
+    bitmaps: dict[int, bytes] = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes in all ranges together."""
+        return sum(size for _, size in self.ranges)
+
+    def __len__(self) -> int:
+        return len(self.ranges)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self.ranges)
+
+    def has(self, gpa: int) -> bool:
+        """Whether the page of this address is among them."""
+        at = bisect_right(self.ranges, (gpa, 1 << 64)) - 1
+        return at >= 0 and gpa < sum(self.ranges[at])
+
+
+class DirtyLog:
+    """Which pages of guest memory are written, from `Memory.dirty` until `stop`.
+
+    A context manager: leaving it stops the log, which costs the guest a little as long as it is on
+    (the first store to each page after each `fetch`).
+    """
+
+    def __init__(self, native: _native.DirtyLog) -> None:
+        self._native = native
+
+    @property
+    def active(self) -> bool:
+        """Whether it can be fetched: not stopped, and the machine not closed."""
+        return self._native.active
+
+    @property
+    def method(self) -> str:
+        """How the engine does it: "marks" (`soft`), "log" (KVM's bitmaps) or "ring" (its rings)."""
+        return self._native.method
+
+    def fetch(self) -> DirtyPages:
+        """The pages written since the last fetch (or the start), which count as clean from then on.
+
+        By CPUs, devices and `Memory.write`, in any state of the machine, also while it runs: a
+        write that is in progress meanwhile is in this fetch or the next one. To copy what changed,
+        fetch first and read the pages after. Raises `StateMismatch` when the log was stopped or the
+        machine closed, `HostError`.
+        """
+        ranges, bitmaps = self._native.fetch()
+        return DirtyPages(ranges, dict(bitmaps))
+
+    def stop(self) -> None:
+        """Ends it. No effect when it has ended."""
+        self._native.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
 class Memory:
     """The guest-physical address space that is RAM.
 
     `read` and `write` copy and may run across adjacent regions. `view` gives a writable memoryview
     of the guest's own bytes. Stores through a view to a page whose code the guest has executed are
     noticed when the machine next starts or resumes; a running machine has to be told with
-    `note_write`. `write` needs no such care.
+    `note_write`, and so has a dirty log. `write` needs no such care.
     """
 
-    def __init__(self, native: _native.GuestMemory) -> None:
+    def __init__(
+        self, native: _native.GuestMemory, start_dirty: Callable[[], _native.DirtyLog]
+    ) -> None:
         self._native = native
+        self._start_dirty = start_dirty
 
     @property
     def native(self) -> _native.GuestMemory:
@@ -92,3 +172,16 @@ class Memory:
     def note_write(self, gpa: int, size: int) -> None:
         """Tells the engine that [gpa, gpa+size) was changed through a view while it runs."""
         self._native.note_write(gpa, size)
+
+    def dirty(self) -> DirtyLog:
+        """Begins to note which pages are written, with all of them clean. The machine may run::
+
+            with machine.memory.dirty() as log:
+                ...
+                for gpa, size in log.fetch():
+                    copy[gpa] = machine.memory.read(gpa, size)
+
+        One log at a time: raises `StateMismatch` when there is one already, or the machine is
+        closed; `HostError` when the kernel cannot.
+        """
+        return DirtyLog(self._start_dirty())

@@ -69,16 +69,33 @@ class FakeVcpu final : public Vcpu {
     bool stop_ = false;
 };
 
+/// Notes what the host writes; the guest is a function, and writes nothing.
+class FakeDirtyLog final : public DirtyLog {
+  public:
+    const char* method() const override { return "none"; }
+    bool active() const override { return active_; }
+    void start() override { active_ = true; }
+    void stop() override { active_ = false; }
+    void fetch(const GuestMemory::Region& region, std::span<u64> bitmap) override {
+        region.take_dirty(bitmap);
+    }
+
+  private:
+    bool active_ = false;
+};
+
 class FakeEngine final : public Engine {
   public:
     explicit FakeEngine(FakeVcpu::Guest guest) : guest_(std::move(guest)) {}
     Caps caps() const override { return {.instruction_budget = true, .deterministic = true}; }
     const char* name() const override { return "fake"; }
+    DirtyLog& dirty_log() override { return dirty_log_; }
     std::unique_ptr<Vcpu> create_vcpu(u32 id, LocalInterrupts*) override {
         return std::make_unique<FakeVcpu>(id, guest_);
     }
 
   private:
+    FakeDirtyLog dirty_log_;
     FakeVcpu::Guest guest_;
 };
 

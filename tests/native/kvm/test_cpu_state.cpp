@@ -1,8 +1,6 @@
 // A vCPU's state set and read back, on a real KVM: exact, field by field, for random valid states
 // of every mode, with KVM's local APIC and with ours; and states that are refused, by us or by KVM
 // at any step, leave the vCPU as it was.
-#include <unistd.h>
-
 #include <cstdio>
 #include <memory>
 #include <utility>
@@ -13,6 +11,7 @@
 #include "kvm/engine.hpp"
 #include "kvm/fake_ioctl.hpp"
 #include "kvm/ioctl.hpp"
+#include "kvm/lone_vcpu.hpp"
 #include "kvm/random_state.hpp"
 
 using namespace polyvisor;
@@ -22,21 +21,6 @@ namespace {
 
 constexpr int kSkipped = 77;
 constexpr u64 kRam = 1 << 20;
-
-/// A local APIC of ours that never has anything.
-class NoInterrupts final : public LocalInterrupts {
-  public:
-    bool pending() const override { return false; }
-    int acknowledge() override { return -1; }
-    u8 cr8() const override { return 0; }
-    void set_cr8(u8) override {}
-    bool read_msr(u32, u64&) override { return false; }
-    bool write_msr(u32, u64) override { return false; }
-    u64 mmio_base() const override { return 0xfee00000; }
-    void mmio_read(u32, std::span<u8>) override {}
-    void mmio_write(u32, std::span<const u8>) override {}
-    void reset(bool) override {}
-};
 
 struct Machine {
     GuestMemory memory;
@@ -64,13 +48,8 @@ struct Machine {
     }
 };
 
-/// KVMs that do without the CPU's virtualization (PVM) have neither virtual-8086 mode nor paging
-/// outside IA-32e mode, and have to be refused by name. On real ones every mode is there.
-bool hardware() {
-    return ::access("/sys/module/kvm_amd", F_OK) == 0 ||
-           ::access("/sys/module/kvm_intel", F_OK) == 0;
-}
-
+/// KVMs without hardware have neither virtual-8086 mode nor paging outside IA-32e mode, and have to
+/// be refused by name.
 bool may_lack(const CpuState& state, const StateError& error) {
     const bool vm86 = state.rflags & bit(17);
     const bool paged32 = (state.cr0 & bit(31)) && !(state.msr.efer & bit(10));

@@ -156,7 +156,9 @@ std::span<const FeatureBit> feature_bits() {
     return kBits;
 }
 
-FeatureSet host_features() {
+namespace {
+
+FeatureSet ask_host() {
     FeatureSet set;
     for (const FeatureBit& row : kBits) {
         if (row.bit == FeatureBit::kNoBit || row.leaf == kKvmFeatureLeaf) continue;
@@ -169,6 +171,14 @@ FeatureSet host_features() {
         for (F f : {F::kAvx, F::kAvx2, F::kFma, F::kF16c, F::kVaes, F::kVpclmul}) set.set(f, false);
     }
     return set;
+}
+
+}  // namespace
+
+// Asked once: below a hypervisor every CPUID is an exit, and they are hundreds.
+FeatureSet host_features() {
+    static const FeatureSet features = ask_host();
+    return features;
 }
 
 const FeatureBit* find_feature(std::string_view name) {

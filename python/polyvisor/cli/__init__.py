@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns its exit status (docs/exec.md lists them)."""
+    # Starting makes many objects and no garbage.
+    gc.set_threshold(50_000)
     closed = _open_standard_files()
     from polyvisor.cli import status
 
     with status.signals_raise():
         try:
-            from polyvisor.cli.app import run
-
-            return run(sys.argv[1:] if arguments is None else arguments, closed)
+            return _run(sys.argv[1:] if arguments is None else arguments, closed)
         except BaseException as error:
             return status.report(error)
         finally:
             _flush()
+
+
+def _run(arguments: list[str], closed: set[int]) -> int:
+    from polyvisor.cli import quick
+
+    plain = quick.parse(arguments)
+    if plain is not None and 1 not in closed:
+        from polyvisor.cli.exec_command import execute
+
+        command, options = plain
+        return execute(command, stdin_closed=0 in closed, **options)
+    from polyvisor.cli.app import run
+
+    return run(arguments, closed)
 
 
 def _open_standard_files() -> set[int]:

@@ -1,7 +1,7 @@
 #include "kvm/stats.hpp"
 
-#include "kvm/abi.hpp"
 #include <unistd.h>
+#include "kvm/abi.hpp"
 
 #include <algorithm>
 #include <cerrno>

@@ -127,7 +127,7 @@ def test_table_and_units() -> None:
     }
     native = _native.statistics
     try:
-        _native.statistics = lambda machine: raw  # type: ignore[assignment]
+        _native.statistics = lambda machine: raw
         found = statistics.collect(None)  # type: ignore[arg-type]
     finally:
         _native.statistics = native

@@ -65,10 +65,10 @@ class Engine(StrEnum):
 class Irqchip(StrEnum):
     """--irqchip's choices."""
 
-    auto = "auto"
-    user = "user"
-    split = "split"
-    kernel = "kernel"
+    AUTO = "auto"
+    USER = "user"
+    SPLIT = "split"  # a str has a method of that name in lower case
+    KERNEL = "kernel"
 
 
 EngineOption = Annotated[
@@ -143,7 +143,7 @@ def exec_command(
         list[str], typer.Argument(help="The program and its arguments.", metavar="COMMAND...")
     ],
     engine: EngineOption = Engine.auto,
-    irqchip: IrqchipOption = Irqchip.auto,
+    irqchip: IrqchipOption = Irqchip.AUTO,
     memory: MemoryOption = "512M",
     cpus: CpusOption = 1,
     timeout: TimeoutOption = None,
@@ -207,7 +207,7 @@ def run_command(
     memory: MemoryOption = "512M",
     cpus: CpusOption = 1,
     engine: EngineOption = Engine.auto,
-    irqchip: IrqchipOption = Irqchip.auto,
+    irqchip: IrqchipOption = Irqchip.AUTO,
     serial: Annotated[
         str,
         typer.Option(

@@ -1,9 +1,9 @@
 // The parser of KVM's binary statistics: against files made here, and against the kernel's own.
 #include <fcntl.h>
-#include "kvm/abi.hpp"
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#include "kvm/abi.hpp"
 
 #include <cstring>
 

@@ -51,6 +51,7 @@ EngineOffer make_offer(const System& system) {
     }
     offer.native_tsc_khz = system.tsc_khz();
     offer.tsc_scaling = system.check(KVM_CAP_TSC_CONTROL) > 0;
+    offer.nested_paging = true;
     offer.irqchip = system.check(KVM_CAP_IRQCHIP) > 0 && system.check(KVM_CAP_PIT2) > 0 &&
                     system.check(KVM_CAP_SPLIT_IRQCHIP) > 0;
 

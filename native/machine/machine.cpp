@@ -45,10 +45,18 @@ void choose_tsc(MachineConfig& config, const EngineOffer& offer) {
                                          "engine cannot scale it to " + wanted +
                                          "; leave tsc_khz out");
     }
-    throw ConfigError("tsc_khz", "engine " + config.engine +
-                                     " cannot scale the TSC on this host: " + wanted +
-                                     " is not its own " + own +
-                                     "; leave tsc_khz out, or take engine soft");
+    throw ConfigError("tsc_khz",
+                      "engine " + config.engine + " cannot scale the TSC on this host: " + wanted +
+                          " is not its own " + own + "; leave tsc_khz out, or take engine soft");
+}
+
+// All RAM has to have an address: above 3 GiB it goes on behind the hole for devices.
+void check_memory(u64 size, u8 physical_bits) {
+    u64 most = bit(physical_bits) - (PcLayout::kHoleEnd - PcLayout::kHoleStart);
+    if (size <= PcLayout::kHoleStart || size <= most) return;
+    throw ConfigError("memory", "a machine on this host can have at most " +
+                                    std::to_string(most >> 30) + " GiB of memory, as its CPU has " +
+                                    std::to_string(physical_bits) + " address bits");
 }
 
 IrqchipMode choose_irqchip(const MachineConfig& config, const EngineOffer& offer) {
@@ -76,8 +84,7 @@ Machine::Machine(MachineConfig config)
       clock_(config_.deterministic ? Clock::Mode::kDeterministic : Clock::Mode::kFreeRunning),
       loop_(clock_),
       breakpoints_(*memory_),
-      control_(
-          config_.cpus, [this] { kick(); }, [this] { settle(); }) {
+      control_(config_.cpus, [this] { kick(); }, [this] { settle(); }) {
     if (config_.cpus == 0) throw ConfigError("cpus", "a machine needs at least one CPU");
     if (config_.deterministic && config_.cpus != 1) {
         throw ConfigError("cpus",
@@ -109,6 +116,7 @@ Machine::Machine(MachineConfig config)
     }
     if (config_.hugepages == "auto")
         config_.hugepages = offer.nested_paging ? "transparent" : "none";
+    check_memory(config_.memory, cpuid.physical_bits);
     add_pc_memory(*memory_, config_.memory, parse_huge_pages(config_.hugepages));
     PcConfig pc;
     pc.cpus = config_.cpus;
@@ -139,7 +147,8 @@ Machine::Machine(MachineConfig config)
         vcpus_.push_back(engine_->create_vcpu(cpu, pc_->interrupts(cpu)));
         pc_->connect(cpu, *vcpus_.back());
         vcpus_.back()->restore(reset_state(cpu == 0));
-        threads_.push_back(std::make_unique<VcpuThread>(*vcpus_.back(), control_, breakpoints_, log_));
+        threads_.push_back(
+            std::make_unique<VcpuThread>(*vcpus_.back(), control_, breakpoints_, log_));
     }
     if (engine_->chips() != nullptr) {
         halt_watch_ = std::make_unique<HaltWatch>(clock_, control_, threads_);
@@ -176,7 +185,8 @@ void Machine::start_loop() {
 // Stores through views of the memory are not seen as they happen; those that may have hit code are
 // told to the engine before it runs on.
 void Machine::note_views() {
-    for (const auto& region : memory_->regions()) memory_->recheck_code(region->start, region->size);
+    for (const auto& region : memory_->regions())
+        memory_->recheck_code(region->start, region->size);
 }
 
 void Machine::start() {

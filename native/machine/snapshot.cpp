@@ -1,8 +1,5 @@
 #include "machine/snapshot.hpp"
 
-#include <fcntl.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <set>
@@ -34,37 +31,23 @@ std::vector<Pc::Part> all_parts(Machine& machine) {
     return parts;
 }
 
-// The touched pieces of a region: a memfd's data segments, without pages of zeros.
+// The touched pieces of a region, without pages of zeros.
 void gather_region(const GuestMemory::Region& region, std::vector<Snapshot::Extent>& into) {
     static constexpr u8 kZeros[kPageSize] = {};
-    const int fd = region.fd.get();
-    auto size = static_cast<off_t>(region.size);
-    for (off_t at = 0; at < size;) {
-        off_t begin = ::lseek(fd, at, SEEK_DATA);
-        if (begin < 0 || begin >= size) break;  // ENXIO: nothing but holes from here on
-        off_t end = ::lseek(fd, begin, SEEK_HOLE);
-        if (end < 0 || end > size) end = size;
+    for (const GuestMemory::Extent& extent : GuestMemory::touched(region)) {
         bool open = false;
-        for (off_t page = begin; page < end; page += static_cast<off_t>(kPageSize)) {
+        for (u64 page = extent.offset; page < extent.offset + extent.size; page += kPageSize) {
             const u8* data = region.mapping.data() + page;
             bool zero = std::equal(data, data + kPageSize, kZeros);
-            if (!zero && !open) into.push_back({region.start.value + static_cast<u64>(page), {}});
+            if (!zero && !open) into.push_back({region.start.value + page, {}});
             if (!zero) into.back().bytes.insert(into.back().bytes.end(), data, data + kPageSize);
             open = !zero;
         }
-        at = end;
     }
 }
 
 void scatter_memory(GuestMemory& memory, const Snapshot& snapshot) {
-    for (const auto& region : memory.regions()) {
-        // Gives the pages back; what is read afterwards is zero.
-        if (::fallocate(region->fd.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0,
-                        static_cast<off_t>(region->size)) != 0) {
-            throw_errno("cannot clear guest memory");
-        }
-        memory.note_write(region->start, region->size);
-    }
+    for (const auto& region : memory.regions()) memory.discard(*region);
     for (const auto& extent : snapshot.memory) memory.write(Gpa(extent.gpa), extent.bytes);
 }
 

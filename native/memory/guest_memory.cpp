@@ -82,7 +82,7 @@ Mapping map_region(const Region& region, HugePages huge) {
     placement.reserve = page != 0;
     try {
         Mapping mapping(region.fd.get(), region.size, placement);
-        // A wish: where it is not granted (shmem_enabled, no THP at all) there are small pages.
+        // A wish: where it is not granted there are small pages.
         if (huge == HugePages::kTransparent) {
             ::madvise(mapping.data(), mapping.size(), MADV_HUGEPAGE);
         }
@@ -139,9 +139,11 @@ GuestMemory::Region& GuestMemory::add(Gpa start, u64 size, std::string name, boo
     region->size = size;
     region->read_only = read_only;
     region->name = std::move(name);
-    region->fd = make_memfd(*region, huge);
-    if (::ftruncate(region->fd.get(), static_cast<off_t>(size)) != 0) {
-        throw_errno("cannot size guest memory to " + std::to_string(size) + " bytes");
+    if (huge != HugePages::kTransparent) {
+        region->fd = make_memfd(*region, huge);
+        if (::ftruncate(region->fd.get(), static_cast<off_t>(size)) != 0) {
+            throw_errno("cannot size guest memory to " + std::to_string(size) + " bytes");
+        }
     }
     region->mapping = map_region(*region, huge);
     region->page_flags = std::make_unique<std::atomic<u8>[]>(region->pages());

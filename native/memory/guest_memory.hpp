@@ -36,8 +36,8 @@ enum PageFlags : u8 {
 /// What the host backs a region with. Guest-physical and host addresses are congruent modulo the
 /// larger page, so that KVM can map it as one.
 enum class HugePages : u8 {
-    kNone,
-    kTransparent,  ///< where the host joins pages of shared memory on request (shmem_enabled)
+    kNone,         ///< pages of 4 KiB, of a memfd: other processes could map it too
+    kTransparent,  ///< this process's own memory, in which the host joins pages when it can
     k2M,           ///< from the host's pool, taken when the region is made
     k1G,
 };
@@ -51,7 +51,7 @@ class GuestMemory {
         u64 size = 0;
         bool read_only = false;
         std::string name;
-        OwnedFd fd;  ///< memfd; sparse until touched
+        OwnedFd fd;  ///< memfd, sparse until touched; none when kTransparent
         Mapping mapping;
         std::unique_ptr<std::atomic<u8>[]> page_flags;  ///< one per page
         std::unique_ptr<std::atomic<u64>[]> dirty;      ///< one bit per page; see DirtyLog
@@ -124,6 +124,17 @@ class GuestMemory {
     void note_write(Gpa gpa, u64 size);
     /// Only the latter: for stores that nobody saw, and that may have been none.
     void recheck_code(Gpa gpa, u64 size) const;
+
+    /// Part of a region, in bytes from its start.
+    struct Extent {
+        u64 offset = 0;
+        u64 size = 0;
+    };
+    /// The parts that the host has given memory to; the rest is zero and costs nothing. The guest
+    /// must stand still for an exact answer.
+    static std::vector<Extent> touched(const Region& region);
+    /// Gives a region's memory back: it reads as zero afterwards. Throws HostError.
+    void discard(const Region& region);
 
     const std::vector<std::unique_ptr<Region>>& regions() const { return regions_; }
     u64 total_size() const;

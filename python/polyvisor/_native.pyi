@@ -1,7 +1,7 @@
 """The C++ core as bound by src/bind_*.cpp. `polyvisor.Machine` is the interface for people."""
 
 from collections.abc import Callable
-from typing import final
+from typing import Any, final
 
 from typing_extensions import Buffer  # in the standard library from Python 3.12 on
 
@@ -54,6 +54,26 @@ class Segment:
     attributes: int
 
 @final
+class InFlightEvent:
+    """An event that the CPU has begun to deliver: its handler is entered before the next
+    instruction. `length`: bytes of the instruction at RIP that makes a software event."""
+
+    def __init__(
+        self, kind: str, vector: int, *, error_code: int | None = None, length: int = 0
+    ) -> None: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    @property
+    def kind(self) -> str:
+        """interrupt, nmi, exception, software_interrupt or software_exception"""
+
+    @property
+    def vector(self) -> int: ...
+    @property
+    def error_code(self) -> int | None: ...
+    @property
+    def length(self) -> int: ...
+
+@final
 class CpuState:
     """The architectural state of a CPU. ``state["rax"]``, ``state["cs.base"]``: see `names()`."""
 
@@ -69,6 +89,8 @@ class CpuState:
     activity: str
     interrupt_shadow: bool
     nmi_blocked: bool
+    nmi_pending: bool
+    event: InFlightEvent | None
     fxsave: bytes
     def xmm(self, index: int) -> bytes: ...
     def ymm(self, index: int) -> bytes: ...
@@ -201,6 +223,9 @@ class Machine:
     def ranges(self) -> list[tuple[str, int, int, str]]: ...
     def counters(self) -> dict[str, int]: ...
     def log(self) -> list[str]: ...
+
+def statistics(machine: Machine) -> dict[str, Any]:
+    """All that the machine counts; `polyvisor.statistics` gives it its shape."""
 
 def engines() -> list[tuple[str, str, str]]:
     """(name, reason, sentence) of each engine, best first; reason is "" if it works here."""

@@ -16,14 +16,16 @@ BOTH_ENGINES = {
     "test_signals",
     "test_snapshot",
 }
-ENGINES = ["soft", pytest.param("kvm", marks=pytest.mark.kvm)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A second run of each test on kvm."""
     name = metafunc.module.__name__.rpartition(".")[2]
     if name in BOTH_ENGINES and not {"engine", "fast_engine"} & set(metafunc.fixturenames):
-        metafunc.parametrize("default_engine", ENGINES, indirect=True)
+        boots = metafunc.definition.get_closest_marker("boot") is not None
+        marks = [pytest.mark.kvm, pytest.mark.kvm_fast] if boots else [pytest.mark.kvm]
+        engines = ["soft", pytest.param("kvm", marks=marks)]
+        metafunc.parametrize("default_engine", engines, indirect=True)
 
 
 @pytest.fixture(autouse=True)

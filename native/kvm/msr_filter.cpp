@@ -9,6 +9,16 @@ namespace {
 
 constexpr u32 kApicBase = 0x1b, kTscDeadline = 0x6e0;
 
+// Performance counters are not part of the State, and no CPUID leaf tells of any; AMD's guests
+// would try the oldest of them all the same. Best effort: kernels before 5.18 keep them.
+void hide_counters(Vm& vm) {
+    if ((vm.check(KVM_CAP_PMU_CAPABILITY) & KVM_PMU_CAP_DISABLE) == 0) return;
+    kvm_enable_cap cap{};
+    cap.cap = KVM_CAP_PMU_CAPABILITY;
+    cap.args[0] = KVM_PMU_CAP_DISABLE;
+    try_ioctl(vm.fd(), KVM_ENABLE_CAP, &cap);
+}
+
 }  // namespace
 
 // KVM answers most MSRs itself. Of the rest,
@@ -20,6 +30,7 @@ constexpr u32 kApicBase = 0x1b, kTscDeadline = 0x6e0;
 // INVAL is not asked for in the other modes: there it means that the guest wrote a reserved bit,
 // which has nothing to tell but #GP.
 void install_msr_filter(Vm& vm) {
+    hide_counters(vm);
     bool user = vm.irqchip() == IrqchipMode::kUser;
     if (vm.check(KVM_CAP_X86_USER_SPACE_MSR) == 0 ||
         (user && vm.check(KVM_CAP_X86_MSR_FILTER) == 0)) {

@@ -48,7 +48,9 @@ class StateError(Error, ValueError):
 
 
 class EngineUnavailable(Error):
-    """`engine` cannot run here; `reason` is a short key such as "missing" or "permission"."""
+    """`engine` cannot run here. `reason` is a key: "missing" (no device, or no driver behind it),
+    "permission", "version" (of the kernel's API), "busy" (another hypervisor has the CPU) or
+    "broken" (it does not do what it should). The message says what helps."""
 
     def __init__(self, message: str, *, engine: str = "", reason: str = "") -> None:
         super().__init__(message)

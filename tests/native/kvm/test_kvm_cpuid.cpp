@@ -79,6 +79,8 @@ std::vector<kvm_cpuid_entry2> set_and_get(int vcpu, const std::vector<kvm_cpuid_
     WithEntries<kvm_cpuid2> back(256);
     back->nent = 256;
     CHECK_EQ(try_ioctl(vcpu, KVM_GET_CPUID2, back.head()), 0);
+    // Some kernels (6.1) do not say how many they gave.
+    if (back->nent == 256) back->nent = static_cast<u32>(entries.size());
     return {back->entries, back->entries + back->nent};
 }
 

@@ -17,10 +17,11 @@ from typing import IO, TYPE_CHECKING, Any
 from polyvisor.errors import ConfigError, GuestError, ImageError, MachineTimeout
 from polyvisor.guest.channel import Channel, Ended, NotRun, Output, Ready
 from polyvisor.guest.feeder import Feeder
-from polyvisor.images import initramfs, packages, vmlinux
+from polyvisor.images import initramfs, vmlinux
 from polyvisor.images import kernel as kernels
 
 if TYPE_CHECKING:
+    from polyvisor.images import packages
     from polyvisor.machine import ExitInfo, Machine
 
 #: What exec adds to the kernel's command line, in front of the caller's own. docs/exec.md says why

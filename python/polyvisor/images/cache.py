@@ -10,11 +10,8 @@ want the same entry make it once; the second waits for the first.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,11 +66,17 @@ def file_sum(path: Path) -> str:
 
 
 def _sum(path: Path) -> str:
+    import hashlib
+
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _make(place: Path, make: Callable[[Path], None]) -> None:
+    # Only here: importing these takes longer than finding what is there.
+    import shutil
+    import tempfile
+
     fresh = Path(tempfile.mkdtemp(prefix=place.name + ".new-", dir=place.parent))
     try:
         fresh.chmod(0o755)

@@ -1,16 +1,13 @@
 """The initramfs of `polyvisor exec`: busybox, polyvisor's init, and the command to run.
 
 Two cpio archives, one behind the other: the user space, which is the same for every command and
-kept in the cache, and the command, a few hundred bytes made for each run. Neither is compressed:
+kept in the cache, and init and the command, a few kilobytes made for each run. Neither is compressed:
 unpacking would cost the guest more than reading the bytes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -41,7 +38,7 @@ _BUSYBOX_ADVICE = (
     "which is the guest's user space; install it with `apt-get install busybox-static`, "
     "or set POLYVISOR_BUSYBOX to a static one"
 )
-_LAYOUT = 1  # goes into the cache's key: raise it when base_archive() changes
+_LAYOUT = 2  # goes into the cache's key: raise it when base_archive() changes
 _DIRECTORIES = ("bin", "sbin", "usr/bin", "usr/sbin", "etc", "proc", "sys", "dev", "run", "mnt")
 
 
@@ -71,11 +68,12 @@ def build(
     busybox or init is missing, `ConfigError` for a command that no program can be given.
     """
     archive = Archive()
+    archive.file("init", _read(init or find_init(architecture)), 0o755)
     if command is not None:
         archive.file(".polyvisor/command", encode(command), 0o600)
     for path, data in (files or {}).items():
         archive.file(path, data, 0o755)
-    base = base_archive(busybox or find_busybox(architecture), init or find_init(architecture))
+    base = base_archive(busybox or find_busybox(architecture))
     return base + archive.finish()
 
 
@@ -114,14 +112,12 @@ def encode(command: Command) -> bytes:
     return data
 
 
-def base_archive(busybox: Path, init: Path) -> bytes:
-    """Busybox with a link for each of its applets, init, and the directories of a Linux system."""
-    # (Of busybox, 2 MB, not the content: this is done for every machine.)
-    key = hashlib.sha256(f"layout {_LAYOUT} {busybox} {_version(busybox)}".encode())
-    key.update(_read(init))
+def base_archive(busybox: Path) -> bytes:
+    """Busybox with a link for each of its applets, and the directories of a Linux system."""
+    # By what changes when the file does: to sum two megabytes for every machine takes longer.
+    version = _version(busybox)
 
     def make(directory: Path) -> None:
-        binaries = {"bin/busybox": _read(busybox), "init": _read(init)}
         if not is_static(busybox):
             raise ImageError(
                 f"{busybox} needs shared libraries that the guest does not have, {_BUSYBOX_ADVICE}",
@@ -137,14 +133,13 @@ def base_archive(busybox: Path, init: Path) -> bytes:
         archive.file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
         archive.file("etc/group", b"root:x:0:\ntty:x:5:\n")
         archive.file("etc/hosts", b"127.0.0.1 localhost polyvisor\n")
-        for name, data in binaries.items():
-            archive.file(name, data, 0o755)
+        archive.file("bin/busybox", _read(busybox), 0o755)
         for applet in _applets(busybox):
-            if applet not in binaries:
+            if applet != "bin/busybox":
                 archive.symlink(applet, "/bin/busybox")
         (directory / "base.cpio").write_bytes(archive.finish())
 
-    place = cache.entry(f"initramfs/{key.hexdigest()[:32]}", make)
+    place = cache.entry(f"initramfs/{_LAYOUT}-{version}", make)
     return (place / "base.cpio").read_bytes()
 
 
@@ -170,13 +165,16 @@ def find_busybox(architecture: Architecture) -> Path:
         from polyvisor.images import packages
 
         return packages.fetch("busybox-static", architecture, _keep_busybox) / "busybox"
-    found = shutil.which("busybox", path="/bin:/usr/bin:" + os.environ.get("PATH", ""))
-    if found is None:
-        raise ImageError(f"there is no busybox here, {_BUSYBOX_ADVICE}", reason="missing")
-    return Path(found)
+    for directory in ("/bin", "/usr/bin", *os.get_exec_path()):
+        found = Path(directory, "busybox")
+        if found.is_file() and os.access(found, os.X_OK):
+            return found
+    raise ImageError(f"there is no busybox here, {_BUSYBOX_ADVICE}", reason="missing")
 
 
 def _keep_busybox(unpacked: Path, directory: Path) -> None:
+    import shutil
+
     for name in ("bin/busybox", "usr/bin/busybox"):
         if (unpacked / name).is_file():
             shutil.copyfile(unpacked / name, directory / "busybox")
@@ -199,6 +197,8 @@ def is_static(path: Path) -> bool:
 
 def _applets(busybox: Path) -> list[str]:
     """Where busybox wants its links, as "usr/bin/env"; asked of the program itself."""
+    import subprocess
+
     for program in (busybox, Path("/bin/busybox"), Path("/usr/bin/busybox")):
         # The second and third: a host that cannot run the guest's (i386) programs asks its own.
         try:
@@ -215,13 +215,12 @@ def _applets(busybox: Path) -> list[str]:
     )
 
 
-def _version(path: Path) -> tuple[int, ...]:
-    """What changes when the file does."""
+def _version(path: Path) -> str:
     try:
         found = path.stat()
     except OSError as error:
         raise _unreadable(path, error) from error
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    return f"{found.st_size:x}-{found.st_mtime_ns:x}"
 
 
 def _read(path: Path) -> bytes:

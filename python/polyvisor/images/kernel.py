@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
-import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from polyvisor.errors import ConfigError, ImageError
-from polyvisor.images import cache, packages
+from polyvisor.images import cache
 from polyvisor.images.initramfs import Architecture
+
+if TYPE_CHECKING:
+    from polyvisor.images import packages
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -72,6 +73,11 @@ def fetch(
     report = progress or (lambda text: None)
 
     def make(directory: Path) -> None:
+        # (Most calls find it in the cache, and need none of this.)
+        import tempfile
+
+        from polyvisor.images import packages
+
         with tempfile.TemporaryDirectory(prefix="polyvisor-apt-") as scratch:
             apt = packages.Apt(source.architecture, Path(scratch), report)
             found = apt.find(source.packages)
@@ -92,6 +98,9 @@ def cached(name: str = "cloud") -> bool:
 
 
 def _keep(unpacked: Path, directory: Path, found: packages.Found) -> None:
+    import re
+    import shutil
+
     images = [path for path in unpacked.rglob("vmlinuz*") if path.is_file()]
     if not images:
         raise ImageError(f"the package {found.real} has no vmlinuz", reason="corrupt")

@@ -1,8 +1,8 @@
 """The initramfs of `polyvisor exec`: busybox, polyvisor's init, and the command to run.
 
 Two cpio archives, one behind the other: the user space, which is the same for every command and
-kept in the cache, and init and the command, a few kilobytes made for each run. Neither is compressed:
-unpacking would cost the guest more than reading the bytes.
+kept in the cache, and init with the command, a few kilobytes made for each run. Neither is
+compressed: unpacking would cost the guest more than reading the bytes.
 """
 
 from __future__ import annotations

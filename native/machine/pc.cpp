@@ -87,12 +87,11 @@ Pc::Pc(const PcConfig& config, Clock& clock, Bus& pio, Bus& mmio, Log& log,
       chips_(config.chips),
       ioapic_(is_ours(config, Kind::kIoapic) ? std::make_shared<irqchip::Ioapic>(apic_bus_)
                                              : nullptr),
-      pic_(is_ours(config, Kind::kPic)
-               ? std::make_shared<irqchip::Pic>([this](bool level) {
-                     if (intr_ != nullptr) intr_->set(level);
-                     apic_bus_.set_lint0(level);
-                 })
-               : nullptr),
+      pic_(is_ours(config, Kind::kPic) ? std::make_shared<irqchip::Pic>([this](bool level) {
+          if (intr_ != nullptr) intr_->set(level);
+          apic_bus_.set_lint0(level);
+      })
+                                       : nullptr),
       router_(pic_.get(), ioapic_.get(), ioapic_ == nullptr ? config.chips : nullptr) {
     if (config.serial_ports > PcLayout::kMaxSerial) {
         throw ConfigError("serial_ports", "a PC has at most 4 serial ports, not " +
@@ -218,8 +217,8 @@ bool Pc::intr() const {
     return irqchip::Pic::settle(state);
 }
 
-// Every one is set, changed or not: KVM's table of APIC ids has those CPUs only that existed when it
-// was last computed, and without this, start-up IPIs to the others are lost.
+// Every one is set, changed or not: KVM's table of APIC ids has those CPUs only that existed when
+// it was last computed, and without this, start-up IPIs to the others are lost.
 void Pc::wire_engine_lapics() {
     for (u32 cpu = 0; cpu < cpus_; ++cpu) {
         auto state = load_pod<irqchip::Lapic::State>(chips_->save(Kind::kLapic, cpu), "lapic");
@@ -263,10 +262,9 @@ std::vector<Pc::Part> Pc::parts() {
                          [chip](std::span<const u8> state) { chip->restore(state); }});
     };
     auto add_engine = [this, &parts](std::string name, Kind kind) {
-        parts.push_back({std::move(name), nullptr, [this, kind] { return chips_->save(kind, 0); },
-                         [this, kind](std::span<const u8> state) {
-                             chips_->restore(kind, 0, state);
-                         }});
+        parts.push_back(
+            {std::move(name), nullptr, [this, kind] { return chips_->save(kind, 0); },
+             [this, kind](std::span<const u8> state) { chips_->restore(kind, 0, state); }});
     };
     for (auto& lapic : lapics_) add("lapic" + std::to_string(lapic->id()), lapic.get());
     for (u32 cpu = 0; lapics_.empty() && cpu < cpus_; ++cpu) {

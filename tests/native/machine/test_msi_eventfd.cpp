@@ -157,6 +157,7 @@ void board_without_chips() {
     }
     auto line = board.pc->irqs().line(4), timer = board.pc->irqs().line(0);
     auto pci = board.pc->irqs().line(16);
+    chips.gsis.clear();
     line->set(true);
     timer->set(true);
     CHECK(chips.gsis == (std::vector<std::pair<unsigned, bool>>{{4, true}, {0, true}}));

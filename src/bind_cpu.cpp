@@ -1,5 +1,8 @@
 // The architectural state of a CPU, its registers by name.
+#include <pybind11/stl.h>
+
 #include <cstring>
+#include <optional>
 #include <unordered_map>
 
 #include "base/error.hpp"
@@ -63,7 +66,12 @@ std::vector<Field> make_fields() {
     add("sysenter_eip", state.msr.sysenter_eip);
     add("pat", state.msr.pat);
     add("tsc_offset", state.msr.tsc_offset);
+    add("tsc_adjust", state.msr.tsc_adjust);
     add("tsc_aux", state.msr.tsc_aux);
+    add("misc_enable", state.msr.misc_enable);
+    add("spec_ctrl", state.msr.spec_ctrl);
+    add("kvm_wall_clock", state.msr.kvm_wall_clock);
+    add("kvm_system_time", state.msr.kvm_system_time);
     add("instructions", state.instructions);
     return fields;
 }
@@ -129,6 +137,25 @@ Activity activity(const std::string& name) {
                                      "'; use running, halted, wait_for_sipi or shutdown");
 }
 
+constexpr const char* kEventKinds[] = {"none",      "interrupt",          "nmi",
+                                       "exception", "software_interrupt", "software_exception"};
+
+InFlightEvent make_event(const std::string& kind, u8 vector, std::optional<u32> error_code,
+                         u8 length) {
+    for (unsigned i = 1; i < std::size(kEventKinds); ++i) {
+        if (kind != kEventKinds[i]) continue;
+        return {static_cast<InFlightEvent::Kind>(i), vector, error_code.has_value(), length,
+                error_code.value_or(0)};
+    }
+    throw StateError("event", "there is no event of kind '" + kind +
+                                  "'; use interrupt, nmi, exception, software_interrupt or "
+                                  "software_exception");
+}
+
+std::optional<u32> error_code(const InFlightEvent& event) {
+    return event.has_error_code ? std::optional(event.error_code) : std::nullopt;
+}
+
 unsigned vector_index(int index) {
     if (index < 0 || index > 15) {
         throw StateError("xmm", "there is no vector register " + std::to_string(index));
@@ -166,6 +193,23 @@ void bind_cpu(py::module_& module) {
                 .format(s.selector, s.base, s.limit, s.attributes);
         });
 
+    py::class_<InFlightEvent>(module, "InFlightEvent")
+        .def(py::init(&make_event), py::arg("kind"), py::arg("vector"), py::kw_only(),
+             py::arg("error_code") = py::none(), py::arg("length") = 0)
+        .def_property_readonly("kind",
+                               [](const InFlightEvent& event) {
+                                   return kEventKinds[static_cast<unsigned>(event.kind)];
+                               })
+        .def_readonly("vector", &InFlightEvent::vector)
+        .def_property_readonly("error_code", &error_code)
+        .def_readonly("length", &InFlightEvent::length)
+        .def("__eq__", [](const InFlightEvent& a, const InFlightEvent& b) { return a == b; })
+        .def("__repr__", [](const InFlightEvent& event) {
+            return py::str("InFlightEvent('{}', {:#x}, error_code={}, length={})")
+                .format(kEventKinds[static_cast<unsigned>(event.kind)], event.vector,
+                        error_code(event), event.length);
+        });
+
     py::class_<CpuState>(module, "CpuState")
         .def(py::init([](bool bootstrap) { return reset_state(bootstrap); }),
              py::arg("bootstrap") = true)
@@ -193,6 +237,16 @@ void bind_cpu(py::module_& module) {
             [](CpuState& state, const std::string& name) { state.activity = activity(name); })
         .def_readwrite("interrupt_shadow", &CpuState::interrupt_shadow)
         .def_readwrite("nmi_blocked", &CpuState::nmi_blocked)
+        .def_readwrite("nmi_pending", &CpuState::nmi_pending)
+        .def_property(
+            "event",
+            [](const CpuState& state) {
+                bool none = state.event.kind == InFlightEvent::Kind::kNone;
+                return none ? std::nullopt : std::optional(state.event);
+            },
+            [](CpuState& state, const std::optional<InFlightEvent>& event) {
+                state.event = event.value_or(InFlightEvent{});
+            })
         .def_property(
             "fxsave",
             [](const CpuState& state) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from polyvisor import errors
-from polyvisor._native import CpuState, IrqLine, Segment, __version__
+from polyvisor._native import CpuState, InFlightEvent, IrqLine, Segment, __version__
 from polyvisor.config import MachineConfig
 from polyvisor.console import Console
 from polyvisor.cpu import Cpu, Registers
@@ -22,6 +22,7 @@ __all__ = [
     "CpuState",
     "Error",
     "ExitInfo",
+    "InFlightEvent",
     "IrqLine",
     "Machine",
     "MachineConfig",

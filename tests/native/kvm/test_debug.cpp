@@ -113,7 +113,7 @@ Snapshot look(const DebugGuest& guest) {
     return {state.rip, state.rflags & ~bit(16), state.gpr};
 }
 
-/// States after each step, until `steps` of them are done.
+/// States after each step, at most `steps` of them, but for those within a repeated instruction.
 std::vector<Snapshot> trace(const char* engine, std::string_view code, unsigned steps) {
     DebugGuest guest(engine, code);
     guest.vcpu->set_debug(stepping());
@@ -121,10 +121,15 @@ std::vector<Snapshot> trace(const char* engine, std::string_view code, unsigned 
     for (unsigned n = 0; n < steps; ++n) {
         Exit exit = guest.vcpu->run();
         CHECK_EQ(exit.reason, ExitReason::kDebug);
-        if (exit.reason != ExitReason::kDebug) break;
+        if (exit.reason != ExitReason::kDebug) {
+            std::fprintf(stderr, "  %s\n", exit.text.c_str());
+            break;
+        }
         CHECK_EQ(exit.dr6, u32{kDr6Step});
-        result.push_back(look(guest));
-        CHECK_EQ(exit.address, result.back().rip);
+        Snapshot now = look(guest);
+        CHECK_EQ(exit.address, now.rip);
+        // How many iterations of a repeated instruction are a step is not compared.
+        if (result.empty() || result.back().rip != now.rip) result.push_back(now);
         if (result.back().rip == DebugGuest::kCode + code.size()) break;
     }
     return result;
@@ -159,7 +164,7 @@ unsigned missing(const std::vector<Snapshot>& all, const std::vector<Snapshot>& 
 
 void soft_steps_exactly() {
     auto steps = trace("soft", program(), 100);
-    CHECK_EQ(steps.size(), std::size_t{33});
+    CHECK_EQ(steps.size(), std::size_t{31});
     CHECK_EQ(steps.back().gpr[kRax], u64{5});
     auto inside = trace("soft", events(), 11);
     // int, its handler's two instructions, and so on; ud2 leads into the handler.
@@ -172,9 +177,8 @@ void soft_steps_exactly() {
 void kvm_steps_as_soft() {
     auto soft = trace("soft", program(), 100);
     auto kvm = trace("kvm", program(), 100);
-    // Three iterations of STOSB, where KVM below does them at once.
-    CHECK(missing(soft, kvm) <= 2);
-    CHECK(kvm.back() == soft.back());
+    CHECK_EQ(missing(soft, kvm), 0u);
+    if (!hardware()) return;
     // A CPU under TCG holds the trap back after STI, and KVM steps over INT n with its handler.
     auto events_soft = trace("soft", events(), 9);
     auto events_kvm = trace("kvm", events(), 5);
@@ -239,12 +243,7 @@ void lockstep(unsigned seed) {
     auto soft = trace("soft", code, 120);
     auto kvm = trace("kvm", code, 120);
     int before = failures;
-    // A REP MOVSB of up to four iterations may be one step.
-    unsigned repeats = 0;
-    for (const Snapshot& s : soft) repeats += s.gpr[kRcx] > 0 && s.gpr[kRcx] < 4;
-    unsigned skipped = missing(soft, kvm);
-    CHECK(skipped <= repeats);
-    CHECK(!kvm.empty() && !soft.empty() && kvm.back() == soft.back());
+    CHECK_EQ(missing(soft, kvm), 0u);
     if (failures != before) std::fprintf(stderr, "  program of seed %u\n", seed);
 }
 
@@ -414,10 +413,20 @@ bool has_int3() {
     return true;
 }
 
-void common(const char* engine, bool code, bool data, bool int3) {
-    int3_is_the_guests(engine);
+/// PVM, a KVM without the CPU's virtualization, cannot emulate INT n, and forgets a HLT in a step.
+bool hardware() {
+    return ::access("/sys/module/kvm_amd", F_OK) == 0 ||
+           ::access("/sys/module/kvm_intel", F_OK) == 0;
+}
+
+void common(const char* engine, bool whole, bool code, bool data, bool int3) {
     impossible(engine);
-    a_step_over_hlt(engine);
+    if (whole) {
+        int3_is_the_guests(engine);
+        a_step_over_hlt(engine);
+    } else {
+        std::puts("no software interrupts and halts under this KVM");
+    }
     if (code) {
         code_breakpoints(engine);
         four_at_once(engine);
@@ -436,14 +445,14 @@ void common(const char* engine, bool code, bool data, bool int3) {
 }  // namespace
 
 int main() {
-    common("soft", true, true, true);
+    common("soft", true, true, true, true);
     soft_steps_exactly();
     if (::access("/dev/kvm", R_OK | W_OK) != 0) {
         if (failures != 0) return finish("test_debug");
         std::puts("no /dev/kvm that this user can open: only engine soft was tested");
         return 77;
     }
-    common("kvm", has(Kind::kExecute), has(Kind::kWrite), has_int3());
+    common("kvm", hardware(), has(Kind::kExecute), has(Kind::kWrite), has_int3());
     kvm_steps_as_soft();
     for (unsigned seed = 1; seed <= 20; ++seed) lockstep(seed);
     return finish("test_debug");

@@ -143,6 +143,19 @@ def test_measured_once() -> None:
     assert _native.engine_speed("soft") == _native.engine_speed("soft") > 1
 
 
+@pytest.mark.parametrize("engine", ["auto", "soft"])
+def test_kvm_that_is_passed_over_is_mentioned(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str
+) -> None:
+    """Where there is a KVM that auto does not take, and only then: one line with the reason."""
+    monkeypatch.delenv("POLYVISOR_ENGINE")
+    (tmp_path / "vmlinuz").write_bytes(bytes(100))
+    stderr = polyvisor("run", "--kernel", str(tmp_path / "vmlinuz"), "--engine", engine).stderr
+    passed_over = kvm_probe.probe(measure=False).reason != "missing"
+    expected = engine == "auto" and passed_over and doctor.taken_by_auto() == "soft"
+    assert stderr.count("polyvisor: engine auto takes soft: ") == expected
+
+
 def test_version_and_help() -> None:
     version = polyvisor("--version")
     assert version.returncode == 0

@@ -35,6 +35,24 @@ struct Board : LapicFixture {
     IrqRouter router;
 };
 
+// What a message is as an MSI, for engines that have the local APICs.
+void messages_as_msis() {
+    ApicMessage message;
+    message.destination = 3;
+    message.vector = 0x61;
+    CHECK(to_msi(message) == (Msi{0xfee03000, 0x4061}));
+    message.level_triggered = true;
+    CHECK(to_msi(message) == (Msi{0xfee03000, 0xc061}));
+    message.logical = true;
+    CHECK(to_msi(message) == (Msi{0xfee03004, 0xc061}));
+    message.mode = DeliveryMode::kLowestPriority;
+    CHECK(to_msi(message) == (Msi{0xfee0300c, 0xc161}));
+    message = {};
+    message.destination = 0x12345;
+    message.mode = DeliveryMode::kNmi;
+    CHECK(to_msi(message) == (Msi{0x12300'fee45000, 0x4400}));
+}
+
 void msi() {
     Board f(4);
     f.bus.send(0xfee00000 | 2 << 12, 0x41);
@@ -211,6 +229,7 @@ void many_threads() {
 
 int main() {
     msi();
+    messages_as_msis();
     lowest_priority_takes_turns();
     router();
     virtual_wire();

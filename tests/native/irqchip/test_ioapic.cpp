@@ -34,9 +34,9 @@ void registers() {
     CHECK_EQ(f.reg(0), 0u);
     f.reg(0, 0xffffffff);
     CHECK_EQ(f.reg(0), 0x0f000000u);
-    CHECK_EQ(f.reg(1), 0x00170020u);
+    CHECK_EQ(f.reg(1), 0x00170011u);
     f.reg(1, 0);
-    CHECK_EQ(f.reg(1), 0x00170020u);
+    CHECK_EQ(f.reg(1), 0x00170011u);
     CHECK_EQ(f.reg(2), 0x0f000000u);
     for (unsigned pin = 0; pin < 24; ++pin) CHECK_EQ(f.reg(0x10 + 2 * pin), kMask);
     f.reg(0x10 + 2 * 23 + 1, 0xffffffff);
@@ -46,7 +46,7 @@ void registers() {
     CHECK_EQ(f.reg(0x40), 0u);           // beyond the last pin
     CHECK_EQ(in32(f.ioapic, 0x0), 0x40u);
     out8(f.ioapic, 0, 1);  // a byte selects as well
-    CHECK_EQ(in32(f.ioapic, 0x10), 0x00170020u);
+    CHECK_EQ(in32(f.ioapic, 0x10), 0x00170011u);
 }
 
 void edges() {

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <utility>
 
 #include "kvm/bus_hooks.hpp"
 #include "kvm/chips.hpp"
@@ -71,10 +72,7 @@ KvmVcpu::KvmVcpu(Vm& vm, u32 id, LocalInterrupts* lapic)
         host_khz = static_cast<u64>(call_ioctl(fd(), KVM_GET_TSC_KHZ, 0L)) == khz ? host_khz : khz;
     }
     vm_.clock().set_host_khz(host_khz);
-    kvm_device_attr attribute{};
-    attribute.group = KVM_VCPU_TSC_CTRL;
-    attribute.attr = KVM_VCPU_TSC_OFFSET;
-    tsc_attribute_ = try_ioctl(fd(), KVM_HAS_DEVICE_ATTR, &attribute) == 0;
+    tsc_attribute_ = can_set_tsc_offset();
     if (vm_.config().cpuid.features.has(Feature::kMca)) {
         u64 banks = kMceBanks;
         try_ioctl(fd(), KVM_X86_SETUP_MCE, &banks);
@@ -304,6 +302,18 @@ s64 KvmVcpu::kernel_tsc_offset() const {
     attribute.addr = reinterpret_cast<u64>(&offset);
     call_ioctl(fd(), KVM_GET_DEVICE_ATTR, &attribute);
     return offset;
+}
+
+// There are KVMs that take the offset and then read as 0.
+bool KvmVcpu::can_set_tsc_offset() const {
+    s64 offset = -1'000'000;
+    kvm_device_attr attribute{};
+    attribute.group = KVM_VCPU_TSC_CTRL;
+    attribute.attr = KVM_VCPU_TSC_OFFSET;
+    attribute.addr = reinterpret_cast<u64>(&offset);
+    if (try_ioctl(fd(), KVM_SET_DEVICE_ATTR, &attribute) < 0) return false;
+    const s64 given = std::exchange(offset, 0);
+    return try_ioctl(fd(), KVM_GET_DEVICE_ATTR, &attribute) == 0 && offset == given;
 }
 
 // Writes of the guest to its TSC move KVM's offset; the difference to what KVM was given is exact.

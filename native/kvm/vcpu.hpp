@@ -83,6 +83,7 @@ class KvmVcpu final : public Vcpu {
 
     void sync_tsc(bool anew);
     s64 kernel_tsc_offset() const;
+    bool can_set_tsc_offset() const;
 
     Vm& vm_;
     const u32 id_;

@@ -18,7 +18,9 @@
 // them (PVM) take some modes and then do not have them.
 #include "kvm/cpu_state.hpp"
 
-#include <cstring>
+#include <algorithm>
+#include <cstdio>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -131,9 +133,10 @@ class Access {
     bool write_msrs(std::vector<kvm_msr_entry>& msrs, const std::vector<kvm_msr_entry>& before,
                     Refusal& refusal) const {
         // Setting the wall clock's address makes KVM write there, to what may be in other use by
-        // now.
+        // now; and the address is the VM's, so that one CPU's zero is not every CPU's.
         std::erase_if(msrs, [&](const kvm_msr_entry& entry) {
             if (entry.index != kKvmWallClockMsr) return false;
+            if (entry.data == 0 && vcpu_.id() != 0) return true;
             for (const kvm_msr_entry& old : before) {
                 if (old.index == entry.index) return old.data == entry.data;
             }

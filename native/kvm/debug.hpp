@@ -51,14 +51,14 @@ class VcpuDebug {
     KvmVcpu& vcpu_;
     GuestDebug wanted_;
     bool active_ = false;
-    bool armed_ = false;     // KVM knows what it must for the next entry
-    bool stepping_ = false;  // ... which is one instruction
-    bool known_ = false;     // KVM has some of it on
-    u32 inject_ = 0;         // KVM_GUESTDBG_INJECT_*, at the next entry
-    u64 step_rip_ = 0;       // linear RIP when the step began
-    bool guest_trap_ = false;  // the guest's own TF then
-    bool pushf_ = false;       // the step is over a PUSHF
-    std::optional<u64> stopped_at_;   // the code breakpoint that ended the last run()
+    bool armed_ = false;             // KVM knows what it must for the next entry
+    bool stepping_ = false;          // ... which is one instruction
+    bool known_ = false;             // KVM has some of it on
+    u32 inject_ = 0;                 // KVM_GUESTDBG_INJECT_*, at the next entry
+    u64 step_rip_ = 0;               // linear RIP when the step began
+    bool guest_trap_ = false;        // the guest's own TF then
+    bool pushf_ = false;             // the step is over a PUSHF
+    std::optional<u64> stopped_at_;  // the code breakpoint that ended the last run()
 };
 
 /// For KVM_EXIT_DEBUG: VcpuDebug::exited().

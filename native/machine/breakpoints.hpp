@@ -82,8 +82,8 @@ class Breakpoints {
     std::vector<Patch> patches_;
     std::vector<DebugStop> stops_;
     u64 last_id_ = 0;
-    bool armed_ = false;   // the CPUs know of what is in all_
-    bool told_ = false;    // the CPUs know of something
+    bool armed_ = false;  // the CPUs know of what is in all_
+    bool told_ = false;   // the CPUs know of something
 };
 
 /// RIP plus, outside 64-bit mode, the code segment's base.

@@ -31,9 +31,9 @@ bool is_repeated(const Vcpu& vcpu, const GuestMemory& memory, u64 linear) {
                 continue;
             default:
                 if (byte >= 0x40 && byte <= 0x4f) continue;  // REX; outside 64-bit mode INC and DEC
-                return repeated && ((byte >= 0x6c && byte <= 0x6f) ||
-                                    (byte >= 0xa4 && byte <= 0xa7) ||
-                                    (byte >= 0xaa && byte <= 0xaf));
+                return repeated &&
+                       ((byte >= 0x6c && byte <= 0x6f) || (byte >= 0xa4 && byte <= 0xa7) ||
+                        (byte >= 0xaa && byte <= 0xaf));
         }
     }
     return false;

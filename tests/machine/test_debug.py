@@ -142,9 +142,7 @@ def test_registers_changed_at_a_breakpoint(engine: str) -> None:
         ("access", 1, 0x9004, []),
     ],
 )
-def test_watchpoints(
-    engine: str, kind: Kind, size: int, address: int, offsets: list[int]
-) -> None:
+def test_watchpoints(engine: str, kind: Kind, size: int, address: int, offsets: list[int]) -> None:
     needs_debug_registers(engine)
     # nop; nop; mov [0x9000], ax; mov [0x9000], al; mov al, [0x9000]; END
     code = b"\x90\x90" + b"\xa3\x00\x90" + b"\xa2\x00\x90" + b"\xa0\x00\x90" + end(1)

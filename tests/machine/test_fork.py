@@ -335,18 +335,16 @@ def test_a_cpu_that_is_running(engine: str) -> None:
 
 @pytest.mark.parametrize("fault", ["triple", "wild"])
 def test_a_guest_ends_only_its_own_machine(engine: str, fault: str) -> None:
-    code = {
-        "triple": b"\x0f\x01\x1e\x00\x05\xcc",  # lidt of an empty table; int3
-        # jmp far to memory that is none: #UD and so on, or an instruction KVM cannot emulate
-        "wild": b"\x0f\x01\x1e\x00\x05\xea\x00\x00\x00\xd0",
-    }[fault]
     with real_mode(b"\x66\xff\x06\x00\x90\xeb\xf9", engine=engine) as other:
         other.start()
-        with real_mode(code + LOOP_FOREVER, engine=engine) as machine:
+        with real_mode(b"\x0f\x0b" + LOOP_FOREVER, engine=engine) as machine:
+            # UD2 with an empty IDT; or code where nothing is, which KVM cannot emulate.
+            rip = ORIGIN if fault == "triple" else 0xD0000000
+            machine.cpu(0).enter_protected_mode(rip=rip)
             info = machine.run(timeout=30)
             assert info.reason in ("triple_fault", "engine_failure"), info
             if info.reason == "engine_failure":
-                assert "rip" in info.detail  # registers, not a bare number
+                assert "rip 0010:d0000000" in info.detail  # registers, not a bare number
         before = other.memory.read(0x9000, 4)
         deadline = time.monotonic() + 30
         while other.memory.read(0x9000, 4) == before:

@@ -89,6 +89,12 @@ namespace {
 
 using Kind = GuestDebug::Breakpoint::Kind;
 
+/// PVM, a KVM without the CPU's virtualization, cannot emulate INT n, and forgets a HLT in a step.
+bool hardware() {
+    return ::access("/sys/module/kvm_amd", F_OK) == 0 ||
+           ::access("/sys/module/kvm_intel", F_OK) == 0;
+}
+
 GuestDebug stepping() {
     GuestDebug debug;
     debug.single_step = true;
@@ -289,9 +295,12 @@ void watchpoints(const char* engine) {
         std::vector<u64> stops;  // offsets in the code: after the instruction
     };
     const Case cases[] = {
-        {0, Kind::kWrite, 1, {2}},           {0, Kind::kWrite, 4, {2, 9, 12}},
-        {4, Kind::kReadWrite, 4, {5, 12}},   {4, Kind::kWrite, 1, {12}},
-        {0, Kind::kReadWrite, 8, {2, 5, 9, 12}}, {8, Kind::kReadWrite, 8, {}},
+        {0, Kind::kWrite, 1, {2}},
+        {0, Kind::kWrite, 4, {2, 9, 12}},
+        {4, Kind::kReadWrite, 4, {5, 12}},
+        {4, Kind::kWrite, 1, {12}},
+        {0, Kind::kReadWrite, 8, {2, 5, 9, 12}},
+        {8, Kind::kReadWrite, 8, {}},
     };
     for (const Case& c : cases) {
         DebugGuest guest(engine, loads_and_stores());
@@ -395,8 +404,7 @@ void impossible(const char* engine) {
 /// Whether the debug registers do anything under this KVM.
 bool has(Kind kind) {
     DebugGuest guest("kvm", kind == Kind::kExecute ? counting() : loads_and_stores());
-    guest.vcpu->set_debug(
-        watching(kind == Kind::kExecute ? kLoop : DebugGuest::kData, kind));
+    guest.vcpu->set_debug(watching(kind == Kind::kExecute ? kLoop : DebugGuest::kData, kind));
     return guest.vcpu->run().reason == ExitReason::kDebug;
 }
 
@@ -411,12 +419,6 @@ bool has_int3() {
         return false;
     }
     return true;
-}
-
-/// PVM, a KVM without the CPU's virtualization, cannot emulate INT n, and forgets a HLT in a step.
-bool hardware() {
-    return ::access("/sys/module/kvm_amd", F_OK) == 0 ||
-           ::access("/sys/module/kvm_intel", F_OK) == 0;
 }
 
 void common(const char* engine, bool whole, bool code, bool data, bool int3) {

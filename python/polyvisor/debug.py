@@ -92,14 +92,14 @@ class Breakpoints(Collection[Breakpoint]):
         number = self._machine.add_breakpoint(cpu, address, kind, size)
         return Breakpoint(number, address, kind, size)
 
-    def remove(self, breakpoint: Breakpoint) -> None:
+    def remove(self, item: Breakpoint) -> None:
         """Takes it away; raises `ConfigError` when it is not there (any more)."""
-        self._machine.remove_breakpoint(breakpoint.id)
+        self._machine.remove_breakpoint(item.id)
 
     def clear(self) -> None:
         """Takes all away."""
-        for breakpoint in self:
-            self.remove(breakpoint)
+        for item in self:
+            self.remove(item)
 
     def __iter__(self) -> Iterator[Breakpoint]:
         return iter(
@@ -113,7 +113,7 @@ class Breakpoints(Collection[Breakpoint]):
         return len(self._machine.breakpoints())
 
     def __contains__(self, item: object) -> bool:
-        return any(item == breakpoint for breakpoint in self)
+        return any(item == one for one in self)
 
     def __repr__(self) -> str:
         return f"<Breakpoints: {', '.join(map(str, self)) or 'none'}>"
@@ -121,7 +121,7 @@ class Breakpoints(Collection[Breakpoint]):
 
 def stops(machine: _native.Machine) -> list[DebugStop]:
     """What stopped the CPUs of a paused machine, the first first."""
-    known = {breakpoint.id: breakpoint for breakpoint in Breakpoints(machine)}
+    known = {item.id: item for item in Breakpoints(machine)}
     return [
         DebugStop(
             reason="breakpoint" if kind in ("software", "hardware") else "watchpoint",

@@ -30,11 +30,11 @@ def add(machine: polyvisor.Machine, address: int, kind: Kind, size: int = 1) -> 
     try:
         return machine.breakpoints.add(address, kind, size=size)
     except StateMismatch as error:
-        assert machine.engine == "kvm"
-        assert kind == "software"
-        assert "take hardware breakpoints" in str(error)
-        assert len(machine.breakpoints) == 0
-        pytest.skip(str(error))
+        why = str(error)
+    assert (machine.engine, kind) == ("kvm", "software")
+    assert "take hardware breakpoints" in why
+    assert len(machine.breakpoints) == 0
+    pytest.skip(why)
 
 
 def paused(machine: polyvisor.Machine) -> DebugStop:
@@ -70,12 +70,12 @@ def test_a_breakpoint_is_hit_once_per_pass(engine: str, kind: Kind) -> None:
     if kind == "hardware":
         needs_code_registers(engine)
     with calls(engine) as machine:
-        breakpoint = add(machine, FUNCTION, kind)
+        added = add(machine, FUNCTION, kind)
         machine.start()
         for n in range(5):
             stop = paused(machine)
             assert stop.reason == "breakpoint"
-            assert stop.breakpoint == breakpoint
+            assert stop.breakpoint == added
             assert (stop.cpu, stop.address) == (0, FUNCTION)
             registers = machine.cpu(0).registers
             assert (registers["rip"], registers["rax"], registers["rbx"]) == (FUNCTION, n + 1, n)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from guestcode import CLI, HLT, LOOP_FOREVER, ORIGIN, STI, end, real_mode
+from guestcode import CLI, HLT, LOOP_FOREVER, ORIGIN, STI, real_mode
 
 import polyvisor
 from polyvisor.errors import StateMismatch
@@ -92,7 +92,8 @@ def test_a_child_that_uses_the_machine_is_told(engine: str) -> None:
 child = os.fork()
 if child == 0:
     uses = [
-        machine.pause, machine.stop, lambda: machine.wait(0), lambda: machine.cpu(0).registers["rax"],
+        machine.pause, machine.stop, lambda: machine.wait(0),
+        lambda: machine.cpu(0).registers["rax"],
         machine.cpu(0).nmi, machine.cpu(0).step, machine.snapshot, machine.resume, machine.start,
         lambda: machine.breakpoints.add(0x7c00), lambda: machine.irq(1), machine.stats,
         machine.wait_pause,

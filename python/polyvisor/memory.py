@@ -67,8 +67,8 @@ class DirtyLog:
 
         By CPUs, devices and `Memory.write`, in any state of the machine, also while it runs: a
         write that is in progress meanwhile is in this fetch or the next one. KVM may report a page
-        that was only read. To copy what changed, fetch first and read the pages after. Raises `StateMismatch` when the log was stopped or the
-        machine closed, `HostError`.
+        that was only read. To copy what changed, fetch first and read the pages after. Raises
+        `StateMismatch` when the log was stopped or the machine closed, `HostError`.
         """
         ranges, bitmaps = self._native.fetch()
         return DirtyPages(ranges, dict(bitmaps))

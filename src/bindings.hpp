@@ -21,7 +21,6 @@ void bind_cpu(py::module_& module);
 void bind_bus(py::module_& module);
 void bind_machine(py::module_& module);
 void bind_debug(py::module_& module);
-void bind_debug(py::module_& module);
 void bind_statistics(py::module_& module);
 
 /// Holds the GIL, on any thread. On a vCPU's thread the Python thread state is made once and kept,

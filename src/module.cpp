@@ -22,6 +22,5 @@ PYBIND11_MODULE(_native, module) {
     polyvisor::python::bind_bus(module);
     polyvisor::python::bind_machine(module);
     polyvisor::python::bind_debug(module);
-    polyvisor::python::bind_debug(module);
     polyvisor::python::bind_statistics(module);
 }

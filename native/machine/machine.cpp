@@ -411,6 +411,9 @@ std::vector<Machine::Counter> Machine::counters() {
                 result.push_back({prefix + "exits " + polyvisor::to_string(reason), count});
             }
         }
+        for (const Vcpu::Counter& counter : vcpus_[cpu]->exits()) {
+            result.push_back({prefix + engine_name() + " exits " + counter.name, counter.value});
+        }
         if (!quiet) continue;
         for (const Vcpu::Counter& counter : vcpus_[cpu]->counters()) {
             result.push_back({prefix + counter.name, counter.value});

@@ -416,6 +416,13 @@ class Machine:
         """Counters by name: exits, unclaimed accesses, and the engine's own per CPU."""
         return self._native.counters()
 
+    def statistics(self) -> dict[str, Any]:
+        """Everything that is counted, as plain dicts: exits by reason, accesses per device, KVM's
+        own statistics. `polyvisor.statistics` says what is in it. Safe while the machine runs."""
+        from polyvisor import statistics  # not needed to import polyvisor
+
+        return statistics.collect(self._native)
+
     def ranges(self) -> list[tuple[str, int, int, str]]:
         """(bus, start, size, device) of everything on the buses."""
         return self._native.ranges()

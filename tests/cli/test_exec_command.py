@@ -210,7 +210,7 @@ def test_an_error_as_json(tmp_path: Path) -> None:
         (["--cpus", "-3", "--", "true"], 125, "cpus"),
         (["--cpus", "many", "--", "true"], 2, "cpus"),
         (["--timeout", "0", "--", "true"], 125, "timeout"),
-        (["--engine", "kvm", "--", "true"], 125, "kvm"),
+        (["--engine", "soft", "--irqchip", "split", "--", "true"], 125, "interrupt chips"),
         (["--env", "POLYVISOR_UNSET_VARIABLE", "--", "true"], 125, "POLYVISOR_UNSET_VARIABLE"),
         ([], 2, "COMMAND"),
         (["--nonsense"], 2, "nonsense"),

@@ -180,7 +180,7 @@ def test_the_terminal_is_restored_after_a_signal(number: signal.Signals, tmp_pat
         (["--kernel", "K", "--append", "x" * 5000], "command line"),
         (["--kernel", "K", "--timeout", "-1"], "timeout"),
         (["--kernel", "K", "--serial", "/nonexistent/log"], "/nonexistent/log"),
-        (["--kernel", "K", "--engine", "kvm"], "kvm"),
+        (["--kernel", "K", "--engine", "soft", "--irqchip", "kernel"], "interrupt chips"),
     ],
 )
 def test_one_clear_sentence(arguments: list[str], words: str, tmp_path: Path) -> None:

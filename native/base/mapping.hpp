@@ -14,10 +14,11 @@ class Mapping {
     /// Maps `size` bytes of `fd` (-1: anonymous memory) shared (or private when anonymous),
     /// readable and writable. Throws HostError.
     Mapping(int fd, u64 offset, u64 size);
-    /// Maps `fd` from its start, shared (-1: private anonymous memory), at an address that is congruent to `phase` modulo
-    /// `alignment` (a power of two, at least a page): what lies at such a distance in another
-    /// address space can be one huge page in both. `reserve`: fails now, rather than with SIGBUS
-    /// when the memory is touched, if the host cannot promise all of it (huge pages).
+    /// Maps `fd` from its start, shared (-1: private anonymous memory), at an address that is
+    /// congruent to `phase` modulo `alignment` (a power of two, at least a page): what lies at such
+    /// a distance in another address space can be one huge page in both. `reserve`: fails now,
+    /// rather than with SIGBUS when the memory is touched, if the host cannot promise all of it
+    /// (huge pages).
     struct Placement {
         u64 alignment = kPageSize;
         u64 phase = 0;

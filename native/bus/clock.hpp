@@ -55,8 +55,8 @@ class Clock {
 
     bool paused() const;
     /// Free-running: host monotonic time minus virtual time, as of now or of the last pause().
-    /// Changes exactly when resume() or set() move it, so an engine whose guest reads the hardware's
-    /// clock knows by comparing.
+    /// Changes exactly when resume() or set() move it, so an engine whose guest reads the
+    /// hardware's clock knows by comparing.
     u64 host_offset() const { return host_offset_.load(std::memory_order_acquire); }
 
     /// Runs the callbacks of all timers with deadline <= now(), in deadline order (ties: arming

@@ -1,8 +1,8 @@
 // ioctl() on KVM's file descriptors, with errors that name the request.
 #pragma once
 
-#include "kvm/abi.hpp"
 #include <sys/ioctl.h>
+#include "kvm/abi.hpp"
 
 #include <cerrno>
 #include <vector>

@@ -38,7 +38,7 @@ std::string group_name(gid_t gid) {
 
 // What a user who may not open `path` can do about it: join the group that may, if there is one.
 [[noreturn]] void no_permission(const std::string& path) {
-    struct stat info {};
+    struct stat info{};
     bool known = ::stat(path.c_str(), &info) == 0;
     if (known && (info.st_mode & 0060) == 0060 && info.st_gid != 0) {
         std::string group = group_name(info.st_gid);

@@ -9,7 +9,8 @@ namespace {
 
 class SoftEngine final : public Engine {
   public:
-    explicit SoftEngine(const EngineConfig& config) : config_(config), pages_(config.memory), dirty_log_(config.memory) {
+    explicit SoftEngine(const EngineConfig& config)
+        : config_(config), pages_(config.memory), dirty_log_(config.memory) {
         config_.memory.set_write_observer(
             [this](Gpa gpa, u64 size) { pages_.stored(nullptr, gpa.value, size); });
     }

@@ -1,4 +1,4 @@
-"""Tests of machines run on every engine: those that do not choose one themselves get each in turn."""
+"""Machines run on every engine: tests that do not choose one themselves get each in turn."""
 
 from __future__ import annotations
 

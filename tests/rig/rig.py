@@ -131,7 +131,10 @@ def start(prepared: Path, out: Path, options: argparse.Namespace) -> subprocess.
         *("-kernel", prepared / "vmlinux", "-initrd", f"/proc/self/fd/{initrd}"),
         # TCG's CPUs share one clock, but Linux would not believe that, and measure for long.
         # Nor does its timer tick in time for a check of it when the host is busy.
-        *("-append", f"console=ttyS0 quiet panic=-1 mitigations=off nokaslr {TIME_IS_RIGHT} {TICKS}"),
+        *(
+            "-append",
+            f"console=ttyS0 quiet panic=-1 mitigations=off nokaslr {TIME_IS_RIGHT} {TICKS}",
+        ),
         *("-serial", f"file:{out / 'console'}".replace(",", ",,")),
         *share("root", "/", "readonly=on,multidevs=remap"),
         *share("out", out / "share", "multidevs=remap"),

@@ -73,10 +73,7 @@ void bad_states() {
         {"msr.mtrr_variable", [](CpuState& s) { s.msr.mtrr_variable[2] = 7; }},
         {"msr.mtrr_variable", [](CpuState& s) { s.msr.mtrr_variable[3] = 0x400; }},
         {"event", [](CpuState& s) { s.event.kind = static_cast<InFlightEvent::Kind>(6); }},
-        {"event",
-         [](CpuState& s) {
-             s.event = {InFlightEvent::Kind::kException, 14};
-         }},
+        {"event", [](CpuState& s) { s.event = {InFlightEvent::Kind::kException, 14}; }},
     };
     for (const Case& c : cases) {
         CpuState s = long_mode();

@@ -149,7 +149,7 @@ struct FakeKvm {
             return ::open("/dev/zero", O_RDWR | O_CLOEXEC);
         };
         answers[KVM_GET_TSC_KHZ] = [this](int fd, void*) -> long {
-            struct stat info {};
+            struct stat info{};
             ::fstat(fd, &info);
             return vm_tells_tsc || minor(info.st_rdev) == 5 ? 2500000 : -ENOTTY;
         };

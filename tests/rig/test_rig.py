@@ -69,6 +69,11 @@ def test_a_signal_leaves_nothing_running(number: int, status: int, tmp_path: Pat
         [qemu] = qemus(process.pid)
         process.send_signal(number)
         assert process.wait(30) == status
+        # Stopped while it was being started, QEMU dies of its parent's death.
+        for _ in range(50):
+            if not Path(f"/proc/{qemu}").exists():
+                break
+            time.sleep(0.1)
         assert not Path(f"/proc/{qemu}").exists()
         assert list(tmp_path.iterdir()) == []
     finally:

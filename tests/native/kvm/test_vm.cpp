@@ -97,7 +97,7 @@ void every_stop_arrives() {
         LocalInterrupts* own = irqchip == IrqchipMode::kUser ? &board.interrupts : nullptr;
         auto vcpu = engine->create_vcpu(0, own);
         vcpu->restore(Board::start());
-        constexpr int kStops = 2000;
+        constexpr int kStops = 500;
         std::atomic<int> seen{0};
         std::thread runner([&] {
             while (seen < kStops) {

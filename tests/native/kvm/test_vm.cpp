@@ -10,6 +10,7 @@
 #include "base/error.hpp"
 #include "check.hpp"
 #include "kvm/engine.hpp"
+#include "kvm/lone_vcpu.hpp"
 
 using namespace polyvisor;
 using namespace std::chrono_literals;
@@ -17,20 +18,6 @@ using namespace std::chrono_literals;
 namespace {
 
 std::shared_ptr<const kvm::System> host;
-
-class NoInterrupts final : public LocalInterrupts {
-  public:
-    bool pending() const override { return false; }
-    int acknowledge() override { return -1; }
-    u8 cr8() const override { return 0; }
-    void set_cr8(u8) override {}
-    bool read_msr(u32, u64&) override { return false; }
-    bool write_msr(u32, u64) override { return false; }
-    u64 mmio_base() const override { return ~u64{0}; }
-    void mmio_read(u32, std::span<u8>) override {}
-    void mmio_write(u32, std::span<const u8>) override {}
-    void reset(bool) override {}
-};
 
 // 64 KiB of memory with code at 0x1000, and what an engine needs.
 struct Board {
@@ -56,7 +43,7 @@ struct Board {
     GuestMemory memory;
     Bus pio{"pio", 0x10000}, mmio{"mmio", bit(52)};
     Clock clock;
-    NoInterrupts interrupts;
+    pvtest::NoInterrupts interrupts;
 };
 
 const std::vector<u8> kSpin{0xeb, 0xfe};  // jmp $

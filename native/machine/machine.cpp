@@ -127,6 +127,7 @@ Machine::Machine(MachineConfig config)
         pc.tsc_deadline = cpuid.features.has(Feature::kTscDeadline);
     }
 
+    cpu_features_ = cpuid.features;
     EngineConfig engine{*memory_, pio_, mmio_, clock_, std::move(cpuid)};
     engine.irqchip = irqchip;
     engine.cpus = config_.cpus;

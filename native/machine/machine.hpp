@@ -72,6 +72,8 @@ class Machine {
     Log& log() { return log_; }
     Pc& pc() { return *pc_; }
     Engine& engine() { return *engine_; }
+    /// What the CPUs have, as CPUID tells the guest.
+    const FeatureSet& cpu_features() const { return cpu_features_; }
     const char* engine_name() const { return engine_->name(); }
     RunControl::Phase phase() const { return control_.phase(); }
 
@@ -141,6 +143,7 @@ class Machine {
     Bus mmio_{"mmio", bit(52)};
     Breakpoints breakpoints_;
     RunControl control_;
+    FeatureSet cpu_features_;
     std::unique_ptr<Engine> engine_;
     std::unique_ptr<Pc> pc_;
     std::vector<std::unique_ptr<Vcpu>> vcpus_;

@@ -5,6 +5,7 @@
 #include <set>
 
 #include "base/error.hpp"
+#include "cpu/feature_bits.hpp"
 
 namespace polyvisor {
 
@@ -57,6 +58,33 @@ std::vector<u64> region_sizes(Machine& machine) {
     return sizes;
 }
 
+std::string describe(const FeatureBit& row) {
+    if (row.feature == Feature::kHypercall) return "KVM's hypercalls";
+    if (row.feature == Feature::kKvmClock) return "KVM's clock";
+    if (row.feature == Feature::kNotVulnerable) return "immunity to speculation attacks";
+    if (!row.name.empty()) return std::string(row.name);
+    char text[48];
+    std::snprintf(text, sizeof text, "bit %u of CPUID leaf 0x%x", row.bit, row.leaf);
+    return text;
+}
+
+// A guest uses what CPUID told it when it booted: of instructions that would be a fault, of a
+// hypervisor's services (interrupts between CPUs by hypercall) a silence in which it waits for
+// ever.
+void check_features(const Machine& machine, const FeatureSet& wanted) {
+    std::string missing;
+    for (const FeatureBit& row : feature_bits()) {
+        if (!wanted.has(row.feature) || machine.cpu_features().has(row.feature)) continue;
+        missing += (missing.empty() ? "" : ", ") + describe(row);
+    }
+    if (missing.empty()) return;
+    throw StateError("cpu_features",
+                     "the snapshot's CPUs have " + missing + ", those of machine '" +
+                         machine.config().name +
+                         "' do not; make both machines with portable=True, or with cpu_features "
+                         "that both can have");
+}
+
 void check_shape(Machine& machine, const Snapshot& snapshot, const std::vector<Pc::Part>& parts) {
     if (snapshot.region_sizes != region_sizes(machine)) {
         throw StateError("memory", "the snapshot is of a machine with other memory");
@@ -69,6 +97,7 @@ void check_shape(Machine& machine, const Snapshot& snapshot, const std::vector<P
     if (snapshot.tsc_khz != machine.clock().tsc_khz()) {
         throw StateError("tsc_khz", "the snapshot is of a machine with another TSC frequency");
     }
+    check_features(machine, snapshot.cpu_features);
     for (const auto& extent : snapshot.memory) {
         if (machine.memory()->span(Gpa(extent.gpa), extent.bytes.size()).empty()) {
             throw StateError("memory", "the snapshot has memory where the machine has none");
@@ -122,6 +151,7 @@ Snapshot take_snapshot(Machine& machine) {
     machine.pc().finish_wiring();
     snapshot.now = machine.clock().now();
     snapshot.tsc_khz = machine.clock().tsc_khz();
+    snapshot.cpu_features = machine.cpu_features();
     snapshot.region_sizes = region_sizes(machine);
     for (const Pc::Part& part : all_parts(machine)) {
         snapshot.parts.push_back({part.name, part.save()});

@@ -2,8 +2,9 @@
 // the memory that was ever touched. Gathered from, and scattered into, a machine that stands still.
 //
 // A snapshot fits any machine of the same shape (memory, CPUs, devices at the same addresses), on
-// either engine. Nothing in it is trusted: each part validates its own before it changes anything,
-// and when one refuses, those before it are put back.
+// either engine, whose CPUs have all the features that the guest was told of. Nothing in it is
+// trusted: each part validates its own before it changes anything, and when one refuses, those
+// before it are put back.
 #pragma once
 
 #include <string>
@@ -25,6 +26,7 @@ struct Snapshot {
     };
     u64 now = 0;  ///< virtual ns
     u64 tsc_khz = 0;
+    FeatureSet cpu_features;
     std::vector<u64> region_sizes;
     std::vector<CpuState> cpus;
     std::vector<Part> parts;

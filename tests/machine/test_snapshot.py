@@ -42,7 +42,14 @@ def test_going_back_in_the_same_machine() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"memory": "4M"}, {"cpus": 2}, {"serial_ports": 1}, {"tsc_khz": 2_000_000}]
+    "options",
+    [
+        {"memory": "4M"},
+        {"cpus": 2},
+        {"serial_ports": 1},
+        {"tsc_khz": 2_000_000},
+        {"cpu_features": {"cx16": False}},
+    ],
 )
 def test_other_machines_refuse_it(options: dict[str, object], default_engine: str) -> None:
     with real_mode(end()) as machine:
@@ -56,6 +63,19 @@ def test_other_machines_refuse_it(options: dict[str, object], default_engine: st
             other.restore(snapshot)
         assert other.cpu(0).state == before
         assert other.memory.read(0x9000, 4) == b"kept"
+
+
+@pytest.mark.kvm
+def test_services_of_kvms_own_local_apics_do_not_get_lost() -> None:
+    """A guest that was offered hypercalls between CPUs would wait for ever where none are served."""
+    with polyvisor.Machine(memory="2M", engine="kvm", irqchip="kernel") as machine:
+        snapshot = machine.snapshot()
+    with (
+        polyvisor.Machine(memory="2M", engine="kvm", irqchip="user") as other,
+        pytest.raises(StateError, match="kvm_pv_ipi.*portable=True") as caught,
+    ):
+        other.restore(snapshot)
+    assert caught.value.field == "cpu_features"
 
 
 def test_a_part_that_refuses_leaves_all_as_it_was() -> None:

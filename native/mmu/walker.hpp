@@ -14,64 +14,9 @@
 #pragma once
 
 #include "memory/guest_memory.hpp"
-#include "mmu/format.hpp"
+#include "mmu/paging.hpp"
 
 namespace polyvisor {
-
-/// Page-fault error code (SDM 3A, figure 4-12).
-enum PageFaultError : u32 {
-    kPfPresent = 1,
-    kPfWrite = 2,
-    kPfUser = 4,
-    kPfReserved = 8,
-    kPfFetch = 16,
-    kPfProtectionKey = 32,
-};
-
-/// How an address is used.
-struct PageAccess {
-    bool write = false;
-    bool fetch = false;
-    bool user = false;  ///< made at CPL 3 and not implicitly supervisor
-    bool implicit =
-        false;        ///< implicit supervisor access (descriptor tables, TSS): SMAP ignores AC
-    bool ac = false;  ///< EFLAGS.AC
-};
-
-/// What paging depends on. Make one with make_paging_state(): the reserved masks follow from the
-/// rest.
-struct PagingState {
-    PagingMode mode = PagingMode::kNone;
-    bool wp = false, nxe = false, smep = false, smap = false;
-    bool pke = false, pse = false, pge = false;
-    bool pages_1gb = true;
-    u32 pkru = 0;
-    u64 cr3 = 0;
-    u64 pdpte[4]{};            ///< PAE: the registers, checked when they were loaded
-    u64 physical_mask = 0;     ///< bits below MAXPHYADDR
-    u64 a20_mask = ~u64{0};    ///< and'ed to every physical address
-    u64 reserved = 0;          ///< must be zero in every present entry
-    u64 reserved_large32 = 0;  ///< ... in a 4 MB page's PDE (PSE-36 address bits)
-};
-
-struct PagingRegisters {
-    u64 cr0 = 0, cr3 = 0, cr4 = 0, efer = 0;
-    u32 pkru = 0;
-    u64 physical_mask = bit(40) - 1;
-    u64 a20_mask = ~u64{0};
-    const u64* pdpte = nullptr;  ///< four, for PAE
-    bool pages_1gb = true;
-    bool pse36 = true;
-};
-
-PagingState make_paging_state(const PagingRegisters& registers);
-
-/// A PDPTE with a reserved bit set: loading it is #GP(0) (SDM 3A, 4.4.1). Only when present.
-constexpr bool pdpte_valid(u64 pdpte, u64 physical_mask) {
-    u64 allowed =
-        (physical_mask & ~kPageMask) | 0xe00 | kPtePresent | kPteWriteThrough | kPteCacheDisable;
-    return !(pdpte & kPtePresent) || !(pdpte & ~allowed);
-}
 
 struct Translation {
     u64 gpa = 0;

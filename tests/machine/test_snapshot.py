@@ -67,12 +67,12 @@ def test_other_machines_refuse_it(options: dict[str, object], default_engine: st
 
 @pytest.mark.kvm
 def test_services_of_kvms_own_local_apics_do_not_get_lost() -> None:
-    """A guest that was offered hypercalls between CPUs would wait for ever where none are served."""
+    """A guest that was offered hypercalls between CPUs waits for ever where none are served."""
     with polyvisor.Machine(memory="2M", engine="kvm", irqchip="kernel") as machine:
         snapshot = machine.snapshot()
     with (
         polyvisor.Machine(memory="2M", engine="kvm", irqchip="user") as other,
-        pytest.raises(StateError, match="kvm_pv_ipi.*portable=True") as caught,
+        pytest.raises(StateError, match=r"kvm_pv_ipi.*portable=True") as caught,
     ):
         other.restore(snapshot)
     assert caught.value.field == "cpu_features"

@@ -3,6 +3,7 @@
 // end.
 #pragma once
 
+#include <atomic>
 #include <cstdio>
 #include <iostream>
 #include <sstream>
@@ -11,8 +12,8 @@
 
 namespace pvtest {
 
-inline int failures = 0;
-inline int checks = 0;
+inline std::atomic<int> failures = 0;  // threads check, too
+inline std::atomic<int> checks = 0;
 
 template <class T>
 std::string show(const T& value) {
@@ -28,12 +29,11 @@ std::string show(const T& value) {
 }
 
 inline void fail(const char* file, int line, const std::string& what) {
-    ++failures;
-    if (failures <= 50) std::fprintf(stderr, "%s:%d: %s\n", file, line, what.c_str());
+    if (++failures <= 50) std::fprintf(stderr, "%s:%d: %s\n", file, line, what.c_str());
 }
 
 inline int finish(const char* name) {
-    std::fprintf(stderr, "%s: %d checks, %d failed\n", name, checks, failures);
+    std::fprintf(stderr, "%s: %d checks, %d failed\n", name, checks.load(), failures.load());
     return failures == 0 ? 0 : 1;
 }
 

@@ -203,9 +203,8 @@ void concurrent(u32 ring, u32 cpus) {
         seed(*vcpu, number += 0x9e3779b97f4a7c15);
         runners.push_back(std::make_unique<Runner>(*vcpu));
     }
-    std::atomic<bool> stop{false};
-    std::thread dma([&] {
-        for (u64 n = 0; !stop; ++n) {
+    std::jthread dma([&](std::stop_token stop) {
+        for (u64 n = 0; !stop.stop_requested(); ++n) {
             guest.memory.store<u64>(Gpa(0x400000 + n * 0x3008 % 0x7ff000), n);
             if (n % 16 == 0) std::this_thread::sleep_for(std::chrono::microseconds(50));
         }
@@ -220,7 +219,7 @@ void concurrent(u32 ring, u32 cpus) {
         if (rounds % 7 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(10));
     }
     for (auto& runner : runners) runner->stop();
-    stop = true;
+    dma.request_stop();
     dma.join();
     copy.take(guest, fetch(guest));
     CHECK_EQ(copy.different(guest).size(), 0u);

@@ -14,27 +14,13 @@
 #include "base/fd.hpp"
 #include "check.hpp"
 #include "kvm/engine.hpp"
+#include "no_interrupts.hpp"
 #include "soft/engine.hpp"
 #include "soft/system.hpp"
 
 namespace pvtest {
 
 using namespace polyvisor;
-
-/// Nothing ever interrupts.
-class NoInterrupts final : public LocalInterrupts {
-  public:
-    bool pending() const override { return false; }
-    int acknowledge() override { return -1; }
-    u8 cr8() const override { return 0; }
-    void set_cr8(u8) override {}
-    bool read_msr(u32, u64&) override { return false; }
-    bool write_msr(u32, u64) override { return false; }
-    u64 mmio_base() const override { return ~u64{0}; }
-    void mmio_read(u32, std::span<u8>) override {}
-    void mmio_write(u32, std::span<const u8>) override {}
-    void reset(bool) override {}
-};
 
 /// 16-bit code, one access after another. DS starts at kMmio.
 class Code {

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstring>
 #include <thread>
 
 #include "base/error.hpp"
+#include "dirty_pages.hpp"
 #include "flat_guest.hpp"
 #include "kvm/dirty_log.hpp"
 
@@ -53,56 +53,13 @@ PV_GUEST(count, R"(
 
 namespace {
 
-using pvtest::FlatGuest;
+using namespace pvtest;
 using Clk = std::chrono::steady_clock;
-using Pages = std::vector<u64>;  // page numbers, ascending
 
 constexpr auto kLimit = std::chrono::seconds(30);  // for a host with much else to do
 constexpr u64 kPages = FlatGuest::kSize >> kPageShift;
 constexpr u32 kSmallRing = 1024;  // the least that all hosts have
 constexpr u32 kLargeRing = 65536;
-
-Pages fetch(FlatGuest& guest, unsigned number = 0) {
-    const auto& region = *guest.memory.regions()[number];
-    std::vector<u64> bitmap(region.bitmap_words());
-    guest.engine->dirty_log().fetch(region, bitmap);
-    Pages pages;
-    for (u64 page = 0; page < bitmap.size() * 64; ++page) {
-        if (bitmap[page / 64] >> (page % 64) & 1) pages.push_back(page);
-    }
-    return pages;
-}
-
-const u8* page_of(FlatGuest& guest, u64 page) {
-    return guest.memory.span(Gpa(page << kPageShift), kPageSize).data();
-}
-
-// A second copy of the guest's memory, as a migration makes it.
-struct Copy {
-    std::vector<u8> bytes = std::vector<u8>(kPages * kPageSize);
-
-    void take(FlatGuest& guest, const Pages& pages) {
-        for (u64 page : pages) {
-            std::memcpy(&bytes[page * kPageSize], page_of(guest, page), kPageSize);
-        }
-    }
-    void take_all(FlatGuest& guest) { std::memcpy(bytes.data(), page_of(guest, 0), bytes.size()); }
-    Pages different(FlatGuest& guest) const {
-        Pages pages;
-        for (u64 page = 0; page < kPages; ++page) {
-            if (std::memcmp(&bytes[page * kPageSize], page_of(guest, page), kPageSize) != 0) {
-                pages.push_back(page);
-            }
-        }
-        return pages;
-    }
-};
-
-void seed(Vcpu& vcpu, u64 value) {
-    CpuState state = vcpu.save();
-    state.gpr[kRbx] = value | 1;
-    vcpu.restore(state);
-}
 
 // Runs until HLT or stop(), on a thread of its own.
 class Runner {

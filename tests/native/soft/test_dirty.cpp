@@ -4,12 +4,12 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
-#include <cstring>
 #include <future>
 #include <thread>
 
 #include "base/error.hpp"
 #include "check.hpp"
+#include "dirty_pages.hpp"
 #include "long_guest.hpp"
 #include "random.hpp"
 
@@ -86,55 +86,13 @@ PV_GUEST(halt, "1: hlt\n jmp 1b")
 
 namespace {
 
+using namespace pvtest;
 using Clk = std::chrono::steady_clock;
-using Pages = std::vector<u64>;  // page numbers, ascending
 
 constexpr auto kLimit = std::chrono::seconds(20);  // for a host with much else to do
 constexpr u64 kPages = (16 << 20) >> kPageShift;
 const u64 kSeed =
     pvtest::environment_number("PV_SEED", static_cast<u64>(Clk::now().time_since_epoch().count()));
-
-Pages fetch(LongGuest& guest) {
-    const auto& region = *guest.memory.regions()[0];
-    std::vector<u64> bitmap(region.bitmap_words());
-    guest.engine->dirty_log().fetch(region, bitmap);
-    Pages pages;
-    for (u64 page = 0; page < kPages; ++page) {
-        if (bitmap[page / 64] >> (page % 64) & 1) pages.push_back(page);
-    }
-    return pages;
-}
-
-const u8* page_of(LongGuest& guest, u64 page) {
-    return guest.memory.span(Gpa(page << kPageShift), kPageSize).data();
-}
-
-// A second copy of the guest's memory, as a migration makes it.
-struct Copy {
-    std::vector<u8> bytes = std::vector<u8>(kPages * kPageSize);
-
-    void take(LongGuest& guest, const Pages& pages) {
-        for (u64 page : pages) {
-            std::memcpy(&bytes[page * kPageSize], page_of(guest, page), kPageSize);
-        }
-    }
-    void take_all(LongGuest& guest) { std::memcpy(bytes.data(), page_of(guest, 0), bytes.size()); }
-    Pages different(LongGuest& guest) const {
-        Pages pages;
-        for (u64 page = 0; page < kPages; ++page) {
-            if (std::memcmp(&bytes[page * kPageSize], page_of(guest, page), kPageSize) != 0) {
-                pages.push_back(page);
-            }
-        }
-        return pages;
-    }
-};
-
-void seed(Vcpu& vcpu, u64 value) {
-    CpuState state = vcpu.save();
-    state.gpr[kRbx] = value | 1;
-    vcpu.restore(state);
-}
 
 // Every page that changed is reported, and none that did not: at any point between instructions.
 void exact_pages() {

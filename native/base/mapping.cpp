@@ -44,11 +44,12 @@ Mapping::Mapping(int fd, u64 size, const Placement& placement) : size_(size) {
 Mapping& Mapping::operator=(Mapping&& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(size_, other.size_);
+    std::swap(owned_, other.owned_);
     return *this;
 }
 
 Mapping::~Mapping() {
-    if (data_ != nullptr) ::munmap(data_, size_);
+    if (data_ != nullptr && owned_) ::munmap(data_, size_);
 }
 
 }  // namespace polyvisor

@@ -25,8 +25,18 @@ class Mapping {
         bool reserve = false;
     };
     Mapping(int fd, u64 size, const Placement& placement);
+    /// A range that is somebody else's and stays mapped.
+    static Mapping borrowed(u8* data, u64 size) {
+        Mapping mapping;
+        mapping.data_ = data;
+        mapping.size_ = size;
+        mapping.owned_ = false;
+        return mapping;
+    }
     Mapping(Mapping&& other) noexcept
-        : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+        : data_(std::exchange(other.data_, nullptr)),
+          size_(std::exchange(other.size_, 0)),
+          owned_(other.owned_) {}
     Mapping& operator=(Mapping&& other) noexcept;
     ~Mapping();
 
@@ -36,6 +46,7 @@ class Mapping {
   private:
     u8* data_ = nullptr;
     u64 size_ = 0;
+    bool owned_ = true;
 };
 
 }  // namespace polyvisor

@@ -114,8 +114,7 @@ HugePages parse_huge_pages(const std::string& name) {
                                        "'; choose one of none, transparent, 2M, 1G");
 }
 
-GuestMemory::Region& GuestMemory::add(Gpa start, u64 size, std::string name, bool read_only,
-                                      HugePages huge) {
+void GuestMemory::check_place(Gpa start, u64 size, const std::string& name) const {
     if (size == 0 || (size & kPageMask) != 0 || (start.value & kPageMask) != 0) {
         throw ConfigError("memory", "memory region '" + name + "' at " + range_text(start, size) +
                                         " must start and end on a 4096-byte page");
@@ -134,6 +133,19 @@ GuestMemory::Region& GuestMemory::add(Gpa start, u64 size, std::string name, boo
                                        range_text(region->start, region->size));
         }
     }
+}
+
+GuestMemory::Region& GuestMemory::insert(std::unique_ptr<Region> region) {
+    region->page_flags = std::make_unique<std::atomic<u8>[]>(region->pages());
+    region->dirty = std::make_unique<std::atomic<u64>[]>(region->bitmap_words());
+    auto at = std::find_if(regions_.begin(), regions_.end(),
+                           [&](const auto& other) { return other->start > region->start; });
+    return **regions_.insert(at, std::move(region));
+}
+
+GuestMemory::Region& GuestMemory::add(Gpa start, u64 size, std::string name, bool read_only,
+                                      HugePages huge) {
+    check_place(start, size, name);
     auto region = std::make_unique<Region>();
     region->start = start;
     region->size = size;
@@ -146,11 +158,20 @@ GuestMemory::Region& GuestMemory::add(Gpa start, u64 size, std::string name, boo
         }
     }
     region->mapping = map_region(*region, huge);
-    region->page_flags = std::make_unique<std::atomic<u8>[]>(region->pages());
-    region->dirty = std::make_unique<std::atomic<u64>[]>(region->bitmap_words());
-    auto at = std::find_if(regions_.begin(), regions_.end(),
-                           [&](const auto& other) { return other->start > start; });
-    return **regions_.insert(at, std::move(region));
+    return insert(std::move(region));
+}
+
+GuestMemory::Region& GuestMemory::add_mapping(Gpa start, Mapping mapping, std::string name,
+                                              bool writable, std::shared_ptr<void> owner) {
+    check_place(start, mapping.size(), name);
+    auto region = std::make_unique<Region>();
+    region->start = start;
+    region->size = mapping.size();
+    region->read_only = region->sealed = !writable;
+    region->name = std::move(name);
+    region->mapping = std::move(mapping);
+    region->owner = std::move(owner);
+    return insert(std::move(region));
 }
 
 const GuestMemory::Region* GuestMemory::find(Gpa gpa) const {
@@ -201,6 +222,11 @@ void GuestMemory::write(Gpa gpa, std::span<const u8> from) {
     for (u64 done = 0; done < from.size();) {
         const Region* region = find(gpa + done);
         if (region == nullptr) checked(gpa + done, from.size() - done);
+        if (region->sealed) {
+            throw StateMismatch("memory region '" + region->name + "' at " +
+                                range_text(region->start, region->size) +
+                                " is open for reading only");
+        }
         done += region->size - (gpa.value + done - region->start.value);
     }
     for (u64 done = 0; done < from.size();) {

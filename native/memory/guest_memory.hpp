@@ -50,9 +50,11 @@ class GuestMemory {
         Gpa start;
         u64 size = 0;
         bool read_only = false;
+        bool sealed = false;  ///< the host may not write to it either: an image that stays as it is
         std::string name;
         OwnedFd fd;  ///< memfd, sparse until touched; none when kTransparent
         Mapping mapping;
+        std::shared_ptr<void> owner;                    ///< of a mapping that is somebody else's
         std::unique_ptr<std::atomic<u8>[]> page_flags;  ///< one per page
         std::unique_ptr<std::atomic<u64>[]> dirty;      ///< one bit per page; see DirtyLog
 
@@ -89,6 +91,11 @@ class GuestMemory {
     Region& add(Gpa start, u64 size, std::string name, bool read_only = false,
                 HugePages huge = HugePages::kNone);
 
+    /// Adds memory that is there already: a file or a buffer, which `owner` keeps in place. Size
+    /// and errors as of add(). `writable` false: nobody writes to it, neither a guest nor write().
+    Region& add_mapping(Gpa start, Mapping mapping, std::string name, bool writable,
+                        std::shared_ptr<void> owner = {});
+
     /// The region that holds gpa, or nullptr. Lock-free; regions are sorted by address.
     const Region* find(Gpa gpa) const;
 
@@ -101,7 +108,7 @@ class GuestMemory {
 
     /// Copies, also across adjacent regions. Throw MemoryRangeError when some byte is not backed
     /// (then nothing is copied). write() is the host's or a device's store: it ignores read_only,
-    /// and does what note_write() does.
+    /// and does what note_write() does. It throws StateMismatch for sealed regions.
     void read(Gpa gpa, std::span<u8> into) const;
     void write(Gpa gpa, std::span<const u8> from);
     template <class T>
@@ -140,6 +147,9 @@ class GuestMemory {
     u64 total_size() const;
 
   private:
+    void check_place(Gpa start, u64 size, const std::string& name) const;
+    Region& insert(std::unique_ptr<Region> region);
+
     std::vector<std::unique_ptr<Region>> regions_;  // sorted by start; fixed once a machine runs
     WriteObserver observer_;
 };

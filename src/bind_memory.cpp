@@ -61,6 +61,12 @@ void bind_memory(py::module_& module) {
         .def("stop", &PyDirtyLog::stop);
 
     py::class_<GuestMemory, std::shared_ptr<GuestMemory>>(module, "GuestMemory")
+        .def(py::init([](const std::vector<std::pair<u64, u64>>& regions) {
+                 auto memory = std::make_shared<GuestMemory>();
+                 for (auto [start, size] : regions) memory->add(Gpa(start), size, "ram");
+                 return memory;
+             }),
+             py::arg("regions"))
         .def_property_readonly("regions",
                                [](const std::shared_ptr<GuestMemory>& memory) {
                                    std::vector<Region> result;

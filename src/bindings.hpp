@@ -17,6 +17,7 @@ namespace py = pybind11;
 void bind_errors(py::module_& module);
 void bind_engines(py::module_& module);
 void bind_memory(py::module_& module);
+void bind_mmu(py::module_& module);
 void bind_cpu(py::module_& module);
 void bind_bus(py::module_& module);
 void bind_machine(py::module_& module);

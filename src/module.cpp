@@ -18,6 +18,7 @@ PYBIND11_MODULE(_native, module) {
     polyvisor::python::bind_errors(module);
     polyvisor::python::bind_engines(module);
     polyvisor::python::bind_memory(module);
+    polyvisor::python::bind_mmu(module);
     polyvisor::python::bind_cpu(module);
     polyvisor::python::bind_bus(module);
     polyvisor::python::bind_machine(module);

@@ -1,6 +1,6 @@
 """The C++ core as bound by src/bind_*.cpp. `polyvisor.Machine` is the interface for people."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 from typing_extensions import Buffer  # in the standard library from Python 3.12 on
@@ -25,6 +25,9 @@ class Region:
 
 @final
 class GuestMemory:
+    def __init__(self, regions: Sequence[tuple[int, int]]) -> None:
+        """Zeroed memory of no machine: (start, bytes) of each region, multiples of 4096."""
+
     @property
     def regions(self) -> list[Region]: ...
     @property
@@ -42,6 +45,115 @@ class DirtyLog:
     def method(self) -> str: ...
     def fetch(self) -> tuple[list[tuple[int, int]], list[tuple[int, bytes]]]: ...
     def stop(self) -> None: ...
+
+@final
+class WalkReport:
+    """How a walk of page tables ended; `polyvisor.mmu.Walk` is the interface for people."""
+
+    @property
+    def fault(self) -> str:
+        """ "", "not-canonical", "page-fault", "ept-violation", "ept-misconfiguration" or
+        "nested-page-fault"."""
+
+    @property
+    def vector(self) -> int: ...
+    @property
+    def error_code(self) -> int: ...
+    @property
+    def qualification(self) -> int: ...
+    @property
+    def fault_gpa(self) -> int: ...
+    @property
+    def during_walk(self) -> bool: ...
+    @property
+    def mapped(self) -> bool: ...
+    @property
+    def physical(self) -> int: ...
+    @property
+    def gpa(self) -> int: ...
+    @property
+    def shift(self) -> int: ...
+    @property
+    def user(self) -> bool: ...
+    @property
+    def writable(self) -> bool: ...
+    @property
+    def executable(self) -> bool: ...
+    @property
+    def is_global(self) -> bool: ...
+    @property
+    def accessed(self) -> bool: ...
+    @property
+    def dirty(self) -> bool: ...
+    @property
+    def memory_type(self) -> int: ...
+    @property
+    def key(self) -> int: ...
+    @property
+    def steps(self) -> list[tuple[int, int, int, bool]]:
+        """(address, entry, shift, of the second dimension); a PDPTE register has address 2**64-1"""
+
+@final
+class EptState:
+    def __init__(
+        self,
+        eptp: int,
+        *,
+        execute_only: bool,
+        mode_based_execute: bool,
+        five_levels: bool,
+        pages_2mb: bool,
+        pages_1gb: bool,
+        access_dirty: bool,
+        physical_mask: int,
+    ) -> None: ...
+
+@final
+class NptState:
+    def __init__(
+        self, ncr3: int, *, cr0: int, cr4: int, efer: int, pages_1gb: bool, physical_mask: int
+    ) -> None: ...
+
+class AddressSpace:
+    def __init__(
+        self,
+        memory: GuestMemory,
+        *,
+        cr0: int,
+        cr3: int,
+        cr4: int,
+        efer: int,
+        pkru: int,
+        pkrs: int,
+        physical_mask: int,
+        pages_1gb: bool,
+        pse36: bool,
+        pdpte: Sequence[int] | None,
+        second: EptState | NptState | None,
+    ) -> None: ...
+    def translate(self, gva: int, /) -> int | None:
+        """Where the byte at `gva` is in memory, whatever the rights; None when it is not mapped."""
+
+    def report(
+        self,
+        gva: int,
+        *,
+        write: bool = False,
+        fetch: bool = False,
+        user: bool = False,
+        implicit: bool = False,
+        ac: bool = False,
+        set_bits: bool = False,
+        probe: bool = False,
+    ) -> WalkReport: ...
+    @property
+    def mode(self) -> str:
+        """none, 32-bit, pae, 4-level or 5-level"""
+
+    @property
+    def pdpte(self) -> tuple[int, int, int, int]: ...
+    @property
+    def guest_memory(self) -> GuestMemory: ...
 
 @final
 class Segment:

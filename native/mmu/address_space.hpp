@@ -66,6 +66,7 @@ class AddressSpace {
   private:
     std::shared_ptr<GuestMemory> memory_;
     PagingState paging_;
+    PagingState probing_;  ///< paging_, as translate() asks
     std::optional<SecondDimension> second_;
 };
 

@@ -1,7 +1,8 @@
 // Paging-structure formats as data. A format says how many levels there are, where each level's
 // index stands in the linear address and at which levels an entry may map a page; mmu/walker.cpp
-// turns each into a walk of its own at compile time. Adding a format (EPT, NPT) is adding a table
-// here and, when its permission bits differ, a rights rule in the walker.
+// turns each into a walk of its own at compile time. AMD's NPT has the ordinary formats. Adding a
+// format is adding a table here and, when its permission bits differ, a walk with a rights rule of
+// its own, as mmu/ept.cpp is for EPT.
 #pragma once
 
 #include <array>
@@ -37,12 +38,28 @@ enum PageEntryBits : u64 {
     kPteNoExecute = bit(63),
 };
 
+/// The address in an 8-byte entry, before MAXPHYADDR is looked at.
+inline constexpr u64 kPteAddress = 0x000f'ffff'ffff'f000;
+
+/// Bits of an EPT paging-structure entry (SDM 3C, 29.3.2).
+enum EptEntryBits : u64 {
+    kEpteRead = bit(0),
+    kEpteWrite = bit(1),
+    kEpteExecute = bit(2),  ///< with mode-based execute: of supervisor-mode linear addresses
+    kEpteIgnorePat = bit(6),
+    kEptePageSize = bit(7),
+    kEpteAccessed = bit(8),
+    kEpteDirty = bit(9),
+    kEpteUserExecute = bit(10),
+};
+
 /// When the page-size bit of a non-last level maps a page; otherwise the bit is reserved or
 /// ignored.
 enum class LargePage : u8 {
     kReserved,  ///< never: the bit must be clear
     kAlways,
     kIfPse,  ///< with CR4.PSE; otherwise the bit is ignored
+    kIf2Mb,  ///< when 2 MB pages are supported (EPT); otherwise the bit is reserved
     kIf1Gb,  ///< when 1 GB pages are supported; otherwise the bit is reserved
 };
 
@@ -84,5 +101,25 @@ inline constexpr PagingFormat kFormat5Level{5,
                                               {30, 9, LargePage::kIf1Gb},
                                               {21, 9, LargePage::kAlways},
                                               {12, 9, LargePage::kReserved}}}};
+
+inline constexpr PagingFormat kFormatEpt4{4,
+                                          8,
+                                          false,
+                                          true,
+                                          false,
+                                          {{{39, 9, LargePage::kReserved},
+                                            {30, 9, LargePage::kIf1Gb},
+                                            {21, 9, LargePage::kIf2Mb},
+                                            {12, 9, LargePage::kReserved}}}};
+inline constexpr PagingFormat kFormatEpt5{5,
+                                          8,
+                                          false,
+                                          true,
+                                          false,
+                                          {{{48, 9, LargePage::kReserved},
+                                            {39, 9, LargePage::kReserved},
+                                            {30, 9, LargePage::kIf1Gb},
+                                            {21, 9, LargePage::kIf2Mb},
+                                            {12, 9, LargePage::kReserved}}}};
 
 }  // namespace polyvisor

@@ -2,6 +2,13 @@
 // guest-physical address that a second walk translates, and the page likewise (SDM 3C 29.3, APM 2
 // 15.25). The second dimension is Intel's EPT or AMD's NPT, whose tables are ordinary paging
 // structures that every access walks as a user-mode one.
+//
+// The order of things is the processor's: the guest's walk with its permission checks and A/D bits
+// comes first, then the page is translated. A guest's table entry counts in the second dimension as
+//   EPT with A/D bits   a read and a write, always (both are in the qualification);
+//   EPT without         a read; a read and a write when the walk has to set A/D bits in it;
+//   NPT                 a write of user mode, always (APM 2, 15.25.5).
+// PDPTEs of PAE guests are in registers (PagingState::pdpte) and need no translation.
 #pragma once
 
 #include <variant>
@@ -11,7 +18,8 @@
 
 namespace polyvisor {
 
-/// AMD's nested paging: nCR3 in `paging.cr3`, the host's CR0, CR4 and EFER for the rest.
+/// AMD's nested paging: nCR3 in `paging.cr3`, the host's CR0, CR4 and EFER for the rest. What only
+/// concerns supervisors (WP, SMEP, SMAP) has no effect, and protection keys are not looked at.
 struct NptState {
     PagingState paging;
 };
@@ -59,5 +67,9 @@ NestedResult walk_nested(TableReader& tables, const PagingState& guest,
 NestedResult walk_nested_pure(TableReader& tables, const PagingState& guest,
                               const SecondDimension& second, u64 gva, PageAccess access,
                               NestedTrace* trace = nullptr);
+/// Without side effects and asking for no rights: only what is not mapped at all is a fault.
+NestedResult walk_nested_probe(TableReader& tables, const PagingState& guest,
+                               const SecondDimension& second, u64 gva,
+                               NestedTrace* trace = nullptr);
 
 }  // namespace polyvisor

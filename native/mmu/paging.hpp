@@ -55,6 +55,13 @@ struct PagingRegisters {
 
 PagingState make_paging_state(const PagingRegisters& registers);
 
+/// The same tables with nothing that denies a supervisor's read: for walks that only ask whether
+/// something is mapped.
+constexpr PagingState probing(PagingState paging) {
+    paging.smep = paging.smap = paging.pke = paging.pks = false;
+    return paging;
+}
+
 /// A PDPTE with a reserved bit set: loading it is #GP(0) (SDM 3A, 4.4.1). Only when present.
 constexpr bool pdpte_valid(u64 pdpte, u64 physical_mask) {
     u64 allowed =

@@ -51,7 +51,8 @@ void bind_memory(py::module_& module) {
         .def("__len__", [](const Region& r) { return r.region->size; })
         .def_buffer([](Region& r) {
             return py::buffer_info(r.region->mapping.data(), 1, "B", 1,
-                                   {static_cast<py::ssize_t>(r.region->size)}, {py::ssize_t{1}});
+                                   {static_cast<py::ssize_t>(r.region->size)}, {py::ssize_t{1}},
+                                   r.region->sealed);
         });
 
     py::class_<PyDirtyLog>(module, "DirtyLog")

@@ -18,11 +18,16 @@ void bind_errors(py::module_& module);
 void bind_engines(py::module_& module);
 void bind_memory(py::module_& module);
 void bind_mmu(py::module_& module);
+void bind_mmu_bulk(py::module_& module);
 void bind_cpu(py::module_& module);
 void bind_bus(py::module_& module);
 void bind_machine(py::module_& module);
 void bind_debug(py::module_& module);
 void bind_statistics(py::module_& module);
+
+/// Makes the C++ exception being handled Python's pending one: for functions that Python calls
+/// without pybind11 between.
+void raise_current_exception();
 
 /// Holds the GIL, on any thread. On a vCPU's thread the Python thread state is made once and kept,
 /// which is most of what entering Python would cost.

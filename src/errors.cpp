@@ -37,6 +37,14 @@ void translate(std::exception_ptr pending) {
 
 }  // namespace
 
+void raise_current_exception() {
+    try {
+        translate(std::current_exception());
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+}
+
 void bind_errors(py::module_&) {
     py::register_exception_translator(translate);
 }

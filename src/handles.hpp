@@ -55,6 +55,8 @@ class PyMachine {
     /// Throws StateMismatch once closed, and in a process that was forked off: the machine's
     /// threads are not in it, and whatever they held locked at that moment stays so.
     std::shared_ptr<Core> core() const;
+    /// What core() has, without its checks; nullptr once closed.
+    Core* peek() const { return core_.get(); }
     bool closed() const { return core_ == nullptr; }
     const std::string& name() const { return name_; }
     void close();

@@ -22,6 +22,7 @@ PYBIND11_MODULE(_native, module) {
     polyvisor::python::bind_cpu(module);
     polyvisor::python::bind_bus(module);
     polyvisor::python::bind_machine(module);
+    polyvisor::python::bind_mmu_bulk(module);
     polyvisor::python::bind_debug(module);
     polyvisor::python::bind_statistics(module);
 }

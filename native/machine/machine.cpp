@@ -50,6 +50,19 @@ void choose_tsc(MachineConfig& config, const EngineOffer& offer) {
                           " is not its own " + own + "; leave tsc_khz out, or take engine soft");
 }
 
+// Notes, at the end of what runs vCPUs, that their registers are no longer what they were. At its
+// end and not before: who looks at them in between has seen a number that is out of date then.
+class RegistersChange {
+  public:
+    explicit RegistersChange(Machine& machine) : machine_(machine) {}
+    ~RegistersChange() { machine_.note_registers(); }
+    RegistersChange(const RegistersChange&) = delete;
+    RegistersChange& operator=(const RegistersChange&) = delete;
+
+  private:
+    Machine& machine_;
+};
+
 // All RAM has to have an address: above 3 GiB it goes on behind the hole for devices.
 void check_memory(u64 size, u8 physical_bits) {
     u64 most = bit(physical_bits) - (PcLayout::kHoleEnd - PcLayout::kHoleStart);
@@ -128,6 +141,7 @@ Machine::Machine(MachineConfig config)
     }
 
     cpu_features_ = cpuid.features;
+    physical_bits_ = cpuid.physical_bits;
     EngineConfig engine{*memory_, pio_, mmio_, clock_, std::move(cpuid)};
     engine.irqchip = irqchip;
     engine.cpus = config_.cpus;
@@ -193,6 +207,7 @@ void Machine::note_views() {
 void Machine::start() {
     std::lock_guard lock(lifecycle_mutex_);
     if (control_.phase() != RunControl::Phase::kCreated) wrong_phase("not started before");
+    RegistersChange change(*this);
     BlockedSignals blocked;
     start_loop();
     note_views();
@@ -244,6 +259,7 @@ void Machine::resume() {
     std::lock_guard lock(lifecycle_mutex_);
     if (control_.phase() != RunControl::Phase::kPaused) wrong_phase("paused");
     if (!control_.wait_quiet(kStopLimit)) wrong_phase("paused");
+    RegistersChange change(*this);
     note_views();
     clock_.resume();
     arm_breakpoints();
@@ -313,6 +329,12 @@ void Machine::close_consoles() {
 }
 
 Vcpu& Machine::vcpu(u32 index) {
+    look(index);
+    note_registers();
+    return *vcpus_[index];
+}
+
+const Vcpu& Machine::look(u32 index) const {
     check_index(index);
     if (!control_.quiet()) wrong_phase("paused");
     return *vcpus_[index];
@@ -338,6 +360,7 @@ bool Machine::serve_step(u32 index, Exit& exit) {
 void Machine::step(u32 index, u64 instructions) {
     std::lock_guard lock(lifecycle_mutex_);
     check_standing(index);
+    RegistersChange change(*this);
     {
         BlockedSignals blocked;
         start_loop();

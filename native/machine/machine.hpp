@@ -64,7 +64,7 @@ class Machine {
     ~Machine();
 
     const MachineConfig& config() const { return config_; }
-    const std::shared_ptr<GuestMemory>& memory() { return memory_; }
+    const std::shared_ptr<GuestMemory>& memory() const { return memory_; }
     Bus& pio() { return pio_; }
     Bus& mmio() { return mmio_; }
     Clock& clock() { return clock_; }
@@ -74,6 +74,7 @@ class Machine {
     Engine& engine() { return *engine_; }
     /// What the CPUs have, as CPUID tells the guest.
     const FeatureSet& cpu_features() const { return cpu_features_; }
+    u8 physical_bits() const { return physical_bits_; }
     const char* engine_name() const { return engine_->name(); }
     RunControl::Phase phase() const { return control_.phase(); }
 
@@ -99,6 +100,11 @@ class Machine {
     /// A vCPU to look into. Throws StateMismatch unless it stands still, ConfigError for a bad
     /// index.
     Vcpu& vcpu(u32 index);
+    const Vcpu& look(u32 index) const;
+    /// Grows whenever registers of some vCPU may have changed: by running, by vcpu(). What was
+    /// derived from them is good as long as this stays what it was before look() was called.
+    u64 generation() const { return generation_.load(std::memory_order_acquire); }
+    void note_registers() { generation_.fetch_add(1, std::memory_order_acq_rel); }
     /// Runs `instructions` of one vCPU on the calling thread (fewer if the machine ends), past
     /// breakpoints. On an engine without an instruction budget interrupts wait meanwhile. Throws
     /// StateMismatch unless created or paused.
@@ -144,6 +150,8 @@ class Machine {
     Breakpoints breakpoints_;
     RunControl control_;
     FeatureSet cpu_features_;
+    u8 physical_bits_ = 40;
+    std::atomic<u64> generation_{1};
     std::unique_ptr<Engine> engine_;
     std::unique_ptr<Pc> pc_;
     std::vector<std::unique_ptr<Vcpu>> vcpus_;

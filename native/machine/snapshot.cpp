@@ -180,6 +180,7 @@ void restore_snapshot(Machine& machine, const Snapshot& snapshot) {
     }
     machine.pc().irqs().refresh();
     scatter_memory(*machine.memory(), snapshot);
+    machine.note_registers();  // in PAE mode some of them come from memory
 }
 
 }  // namespace polyvisor

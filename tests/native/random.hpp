@@ -1,4 +1,4 @@
-// A small reproducible random source for the soft engine's tests.
+// A small reproducible random source for tests.
 #pragma once
 
 #include <cstdlib>

@@ -279,6 +279,8 @@ void bind_machine(py::module_& module) {
         .def_property_readonly("engine", &PyMachine::engine)
         .def_property_readonly(
             "tsc_khz", [](const PyMachine& m) { return m.core()->machine().clock().tsc_khz(); })
+        .def_property_readonly(
+            "physical_bits", [](const PyMachine& m) { return m.core()->machine().physical_bits(); })
         .def_property_readonly("state", &state)
         .def_property_readonly("now", &PyMachine::now)
         .def_property_readonly("exception", &PyMachine::exception)

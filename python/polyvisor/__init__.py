@@ -15,6 +15,7 @@ from polyvisor.memory import Memory
 
 if TYPE_CHECKING:
     from polyvisor.guest import exec  # noqa: A004
+    from polyvisor.memory_image import MemoryImage
 
 __all__ = [
     "Console",
@@ -27,6 +28,7 @@ __all__ = [
     "Machine",
     "MachineConfig",
     "Memory",
+    "MemoryImage",
     "Registers",
     "Segment",
     "__version__",
@@ -41,4 +43,8 @@ def __getattr__(name: str) -> Any:
         from polyvisor.guest import exec  # noqa: A004
 
         return exec
+    if name == "MemoryImage":
+        from polyvisor.memory_image import MemoryImage
+
+        return MemoryImage
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,7 @@ from polyvisor import _native
 from polyvisor.errors import StateError
 
 if TYPE_CHECKING:
+    from polyvisor.machine_mmu import Mmu
     from polyvisor.memory import Memory
 
 CR0_PE = 1 << 0
@@ -97,6 +98,16 @@ class Cpu:
         self._memory = memory
         self.index = index
         self.registers = Registers(machine, index)
+        self._mmu: Mmu | None = None
+
+    @property
+    def mmu(self) -> Mmu:
+        """The address space it is in: translations, page tables, virtual memory (docs/mmu.md)."""
+        if self._mmu is None:
+            from polyvisor.machine_mmu import Mmu  # not needed to import polyvisor
+
+            self._mmu = Mmu(self._machine, self.index)
+        return self._mmu
 
     @property
     def state(self) -> _native.CpuState:

@@ -30,6 +30,32 @@ class MemoryRangeError(Error, IndexError):
         self.size = size
 
 
+class MemoryFault(Error, LookupError):
+    """The byte at guest-virtual address `gva` cannot be read or written.
+
+    `level` is the name of the entry that is in the way ("PTE", "PDE", ...; "" when none is),
+    `entry` its value and `entry_address` where it is in memory (None for a register). `physical` is
+    where the byte would be, when it is mapped to where there is no memory; else None.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        gva: int = 0,
+        level: str = "",
+        entry: int | None = None,
+        entry_address: int | None = None,
+        physical: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.gva = gva
+        self.level = level
+        self.entry = entry
+        self.entry_address = entry_address
+        self.physical = physical
+
+
 class HostError(Error):
     """A system call of the host failed: its `errno`, and the `path` it was about ("" for none)."""
 
@@ -137,6 +163,7 @@ __all__ = [
     "HostError",
     "ImageError",
     "MachineTimeout",
+    "MemoryFault",
     "MemoryRangeError",
     "StateError",
     "StateMismatch",

@@ -22,6 +22,8 @@ from polyvisor.memory import Memory
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from polyvisor.machine_mmu import Mmu
+
 #: Why a machine ended.
 #:
 #: - ``power_off``: the guest switched itself off (ACPI S5).
@@ -145,6 +147,7 @@ class Machine:
         self._memory: Memory | None = Memory(self._native.memory, self._native.dirty_log)
         self._serial = [Console(self._native.serial(i)) for i in range(config.serial_ports)]
         self._cpus = [Cpu(self._native, self._memory, i) for i in range(config.cpus)]
+        self._mmu: Mmu | None = None
         #: Breakpoints and watchpoints of the host; see `wait_pause`.
         self.breakpoints = Breakpoints(self._native)
         #: The standard devices that are written in Python, by name ("rtc", "i8042").
@@ -202,6 +205,15 @@ class Machine:
         if self._memory is None:
             raise StateMismatch(f"machine {self.name!r} is closed")
         return self._memory
+
+    @property
+    def mmu(self) -> Mmu:
+        """The address space that CPU 0 is in: translations, page tables, virtual memory. Of another
+        CPU: `machine.cpu(1).mmu`. See docs/mmu.md."""
+        mmu = self._mmu
+        if mmu is None:
+            mmu = self._mmu = self.cpu(0).mmu
+        return mmu
 
     @property
     def console(self) -> Console:
@@ -370,6 +382,7 @@ class Machine:
         self._finalizer.detach()
         self._memory = None
         self._cpus = []
+        self._mmu = None
         self.devices = {}
 
     def __enter__(self) -> Machine:

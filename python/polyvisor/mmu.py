@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from operator import index as as_int
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import msgspec
 
@@ -30,6 +30,7 @@ from polyvisor.mmu_walk import (
     Walk,
     decode,
 )
+from polyvisor.virtual import VirtualMemory
 
 CR0_WP = 1 << 16
 CR4_PSE = 1 << 4
@@ -132,7 +133,7 @@ class Npt(msgspec.Struct, frozen=True):
         )
 
 
-class AddressSpace(_native.AddressSpace):
+class AddressSpace(_native.AddressSpace, VirtualMemory):
     """One address space: page tables in a memory, and the registers that say how to read them.
 
     `memory` is a `Machine.memory`, a memory image or a `_native.GuestMemory`. The registers are
@@ -202,6 +203,17 @@ class AddressSpace(_native.AddressSpace):
             )
         self._cr0, self._cr3, self._cr4, self._efer = cr0, cr3, cr4, efer
         self._second = second
+        self._others = {
+            "pkru": pkru,
+            "pkrs": pkrs,
+            "maxphyaddr": maxphyaddr,
+            "pages_1gb": pages_1gb,
+            "pse36": pse36,
+        }
+
+    def registers(self) -> dict[str, Any]:
+        """All but CR3 and what follows from it, as arguments for another `AddressSpace`."""
+        return {"cr0": self._cr0, "cr4": self._cr4, "efer": self._efer, **self._others}
 
     @property
     def cr3(self) -> int:

@@ -1,21 +1,23 @@
-"""polyvisor: a virtual machine monitor that is a Python library."""
+"""polyvisor: a virtual machine monitor that is a Python library.
+
+Its names are loaded when they are first used.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from polyvisor import errors
-from polyvisor._native import CpuState, InFlightEvent, IrqLine, Segment, __version__
-from polyvisor.config import MachineConfig
-from polyvisor.console import Console
-from polyvisor.cpu import Cpu, Registers
-from polyvisor.errors import Error
-from polyvisor.machine import ExitInfo, Machine
-from polyvisor.memory import Memory
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from polyvisor import errors
+    from polyvisor._native import CpuState, InFlightEvent, IrqLine, Segment, __version__
+    from polyvisor.config import MachineConfig
+    from polyvisor.console import Console
+    from polyvisor.cpu import Cpu
+    from polyvisor.errors import Error
     from polyvisor.guest import exec  # noqa: A004
+    from polyvisor.machine import ExitInfo, Machine
+    from polyvisor.memory import Memory
     from polyvisor.memory_image import MemoryImage
+    from polyvisor.registers import Registers
 
 __all__ = [
     "Console",
@@ -36,15 +38,37 @@ __all__ = [
     "exec",
 ]
 
+#: Where the names above are; tests/test_names.py holds the two together.
+_HOMES = {
+    "Console": "console",
+    "Cpu": "cpu",
+    "CpuState": "_native",
+    "Error": "errors",
+    "ExitInfo": "machine",
+    "InFlightEvent": "_native",
+    "IrqLine": "_native",
+    "Machine": "machine",
+    "MachineConfig": "config",
+    "Memory": "memory",
+    "MemoryImage": "memory_image",
+    "Registers": "registers",
+    "Segment": "_native",
+    "__version__": "_native",
+    "exec": "guest",
+}
 
-def __getattr__(name: str) -> Any:
-    # `exec` brings the guest images along; a program that has its own guest need not load them.
-    if name == "exec":
-        from polyvisor.guest import exec  # noqa: A004
 
-        return exec
-    if name == "MemoryImage":
-        from polyvisor.memory_image import MemoryImage
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
 
-        return MemoryImage
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "errors":
+        return import_module("polyvisor.errors")
+    value: object = getattr(import_module(f"polyvisor.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -5,6 +5,8 @@ from typing import Any, final
 
 from typing_extensions import Buffer  # in the standard library from Python 3.12 on
 
+from polyvisor.machine import Reason, State
+
 __version__: str
 
 @final
@@ -226,7 +228,7 @@ class Timer:
 @final
 class StopInfo:
     @property
-    def reason(self) -> str: ...
+    def reason(self) -> Reason: ...
     @property
     def status(self) -> int: ...
     @property
@@ -290,7 +292,7 @@ class Machine:
     @property
     def engine(self) -> str: ...
     @property
-    def state(self) -> str: ...
+    def state(self) -> State: ...
     @property
     def now(self) -> int: ...
     @property

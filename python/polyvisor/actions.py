@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from polyvisor.errors import ConfigError
+from polyvisor.records import asdict
 
 if TYPE_CHECKING:
     from polyvisor.machine import Machine
@@ -155,11 +156,12 @@ def apply(machine: Machine, action: Action) -> Any:
         case Resume():
             machine.resume()
         case Stop():
-            return msgspec.to_builtins(machine.stop())
+            return asdict(machine.stop())
         case PowerButton():
             machine.power_button()
         case Wait(timeout=timeout):
-            return msgspec.to_builtins(machine.wait(timeout))
+            info = machine.wait(timeout)
+            return asdict(info) if info is not None else None
         case Nmi(cpu=cpu):
             machine.cpu(cpu).nmi()
         case SendConsole(text=text, port=port):

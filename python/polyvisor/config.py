@@ -1,18 +1,24 @@
-"""What a machine is made of, as validated data (msgspec structs, so also from TOML or JSON)."""
+"""What a machine is made of, as validated data, given in Python, TOML or JSON."""
 
 from __future__ import annotations
 
 import os
-import re
-from typing import Literal, cast, get_args
-
-import msgspec
 
 from polyvisor.errors import ConfigError
+from polyvisor.records import Record, asdict, replace
 
-EngineName = Literal["auto", "soft", "kvm"]
-IrqchipName = Literal["auto", "user", "split", "kernel"]
-HugePagesName = Literal["auto", "none", "transparent", "2M", "1G"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Literal
+
+    EngineName = Literal["auto", "soft", "kvm"]
+    IrqchipName = Literal["auto", "user", "split", "kernel"]
+    HugePagesName = Literal["auto", "none", "transparent", "2M", "1G"]
+
+# The same as values.
+ENGINES = ("auto", "soft", "kvm")
+IRQCHIPS = ("auto", "user", "split", "kernel")
+HUGE_PAGES = ("auto", "none", "transparent", "2M", "1G")
 
 PAGE_SIZE = 4096
 MIN_MEMORY = 1 << 20
@@ -21,11 +27,10 @@ MAX_MEMORY = 1 << 39
 #: APIC ids fit the 8 bits of xAPIC mode; 0xff is the broadcast address.
 MAX_CPUS = 254
 
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(?:i?b)?|b)?\s*", re.IGNORECASE)
-_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
-class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class MachineConfig(Record, kw_only=True):
     """The arguments of `polyvisor.Machine`. Checked by `validated()`, not when constructed."""
 
     #: Bytes of RAM, or text with a unit: "512M", "2G" (powers of 1024); a multiple of 4096.
@@ -40,7 +45,7 @@ class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     cpu_model: str = "host"
     #: Single features on top of the model, by their names in /proc/cpuinfo: {"xsave": False}
     #: hides one and what depends on it, {"aes": True} adds one that engine and host have.
-    cpu_features: dict[str, bool] = {}
+    cpu_features: dict[str, bool] = {}  # noqa: RUF012 -- copied by Record
     #: Only what every engine that works on this host offers, with a TSC that all can have, so that
     #: a snapshot or state made on one continues on another. Such a guest is told of no immunity
     #: of the soft engine, and given no speculation control of the hardware.
@@ -80,7 +85,7 @@ class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         """This configuration with `memory` as an int; raises `ConfigError` when it cannot work."""
         asked = os.environ.get("POLYVISOR_ENGINE")
         if self.engine == "auto" and asked and not self.deterministic:
-            return msgspec.structs.replace(self, engine=cast("EngineName", asked)).validated()
+            return replace(self, engine=asked).validated()
         size = parse_size(self.memory)
         if size < MIN_MEMORY:
             raise ConfigError(
@@ -110,23 +115,21 @@ class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         if self.tsc_khz is not None:
             self._check_int("tsc_khz", 1_000, 100_000_000)
         self._check_int("ns_per_1000_instructions", 1, 1_000_000_000)
-        if self.engine not in get_args(EngineName):
+        if self.engine not in ENGINES:
             raise ConfigError(
-                f"there is no engine {self.engine!r}; choose one of "
-                f"{', '.join(get_args(EngineName))}",
+                f"there is no engine {self.engine!r}; choose one of {', '.join(ENGINES)}",
                 field="engine",
             )
         self._check_features()
-        if self.irqchip not in get_args(IrqchipName):
+        if self.irqchip not in IRQCHIPS:
             raise ConfigError(
-                f"there is no irqchip mode {self.irqchip!r}; choose one of "
-                f"{', '.join(get_args(IrqchipName))}",
+                f"there is no irqchip mode {self.irqchip!r}; choose one of {', '.join(IRQCHIPS)}",
                 field="irqchip",
             )
-        if self.hugepages not in get_args(HugePagesName):
+        if self.hugepages not in HUGE_PAGES:
             raise ConfigError(
                 f"there are no huge pages of kind {self.hugepages!r}; choose one of "
-                f"{', '.join(get_args(HugePagesName))}",
+                f"{', '.join(HUGE_PAGES)}",
                 field="hugepages",
             )
         self._check_int("dirty_ring", 0, 1 << 20)
@@ -144,7 +147,7 @@ class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
                 'deterministic mode needs an engine that counts instructions; give engine="soft"',
                 field="engine",
             )
-        return msgspec.structs.replace(self, memory=size)
+        return replace(self, memory=size)
 
     def _check_features(self) -> None:
         if not isinstance(self.portable, bool):
@@ -179,15 +182,17 @@ def parse_size(value: int | str, field: str = "memory") -> int:
         if value < 0:
             raise ConfigError(f"{field} cannot be negative: {value}", field=field)
         return value
-    match = _SIZE.fullmatch(value)
-    if match is None:
+    text = value.strip().lower()
+    number = text.rstrip("bikmgt")
+    unit = text[len(number) :].removesuffix("b")
+    factor = _UNITS.get(unit.removesuffix("i") if text.endswith("ib") else unit, 0)
+    whole, point, fraction = number.rstrip().partition(".")
+    if not factor or not whole.isdecimal() or (point and not fraction.isdecimal()):
         raise ConfigError(
             f'cannot read {field} {value!r}; give bytes or a unit of K, M, G or T, as in "512M"',
             field=field,
         )
-    number, unit = match.groups()
-    factor = _UNITS[unit.lower()] if unit else 1
-    if "." not in number:
+    if not point:
         return int(number) * factor
     size = float(number) * factor
     if size != int(size):
@@ -211,9 +216,9 @@ def host_memory() -> int:
     """RAM and swap of this host in bytes; 0 when it cannot be told."""
     total = 0
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
+        with open("/proc/meminfo", "rb") as file:
             for line in file:
-                if line.startswith(("MemTotal:", "SwapTotal:")):
+                if line.startswith((b"MemTotal:", b"SwapTotal:")):
                     total += int(line.split()[1]) * 1024
     except (OSError, ValueError, IndexError):
         return 0
@@ -222,13 +227,38 @@ def host_memory() -> int:
 
 def from_dict(values: dict[str, object]) -> MachineConfig:
     """A validated configuration from plain data, as TOML or JSON give it."""
+    import re
+
+    import msgspec
+
     try:
-        config = msgspec.convert(values, MachineConfig)
+        checked = msgspec.convert(values, _struct())
     except msgspec.ValidationError as error:
         found = re.search(r"\$\.(\w+)|field `(\w+)`", str(error))
         field = next((group for group in found.groups() if group), "") if found else ""
         raise ConfigError(f"machine configuration: {error}", field=field) from None
-    return config.validated()
+    return MachineConfig(**msgspec.structs.asdict(checked)).validated()
+
+
+def _struct() -> type[Any]:
+    """`MachineConfig` as a msgspec struct, by which plain data is checked."""
+    from typing import Literal, get_type_hints
+
+    import msgspec
+
+    names = {
+        "EngineName": Literal[ENGINES],
+        "IrqchipName": Literal[IRQCHIPS],
+        "HugePagesName": Literal[HUGE_PAGES],
+    }
+    types = get_type_hints(MachineConfig, localns=names)
+    defaults = asdict(MachineConfig())
+    return msgspec.defstruct(
+        "MachineConfig",
+        [(name, types[name], default) for name, default in defaults.items()],
+        kw_only=True,
+        forbid_unknown_fields=True,
+    )
 
 
 def from_toml(path: str | os.PathLike[str]) -> MachineConfig:
@@ -247,4 +277,4 @@ def from_toml(path: str | os.PathLike[str]) -> MachineConfig:
     table = values.get("machine", values)
     if not isinstance(table, dict):
         raise ConfigError(f"'machine' in {os.fspath(path)!r} must be a table", field="machine")
-    return from_dict(cast("dict[str, object]", table))
+    return from_dict(table)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import time
-from typing import TYPE_CHECKING
-
 from polyvisor.errors import ConsoleClosed, ConsoleTimeout
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import re
+
     from polyvisor import _native
 
 #: How much of the console's end goes into an exception.
@@ -78,6 +77,9 @@ class Console:
         Returns the match; the next read starts behind it. Raises `ConsoleTimeout` after `timeout`
         seconds and `ConsoleClosed` when the machine ends without it, both with the console's tail.
         """
+        import re  # not needed to import polyvisor
+        import time
+
         wanted = re.compile(pattern) if isinstance(pattern, str) else pattern
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:

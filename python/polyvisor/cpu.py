@@ -7,15 +7,17 @@ end.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, MutableMapping
-from typing import TYPE_CHECKING
 
 from polyvisor import _native
 from polyvisor.errors import StateError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from polyvisor.machine_mmu import Mmu
     from polyvisor.memory import Memory
+    from polyvisor.registers import Registers
 
 CR0_PE = 1 << 0
 CR0_ET = 1 << 4
@@ -45,51 +47,6 @@ BOOT_TSS = 0x20
 LONG_MODE_TABLES = 7 * 4096
 
 
-class Registers(MutableMapping[str, int]):
-    """Registers by name, all as ints: "rax", "rip", "cr3", "efer", "cs" (the selector),
-    "cs.base", "cs.limit", "cs.attributes", "gdtr.base", ... `list(registers)` has them all.
-
-    A single assignment is checked against what a CPU can be in; change several that depend on each
-    other at once with `update`.
-    """
-
-    def __init__(self, machine: _native.Machine, index: int) -> None:
-        self._machine = machine
-        self._index = index
-
-    def __getitem__(self, name: str) -> int:
-        return self._machine.save_cpu(self._index)[name]
-
-    def __setitem__(self, name: str, value: int) -> None:
-        self.apply({name: value})
-
-    def __delitem__(self, name: str) -> None:
-        raise TypeError("a CPU's registers cannot be deleted")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(_native.CpuState.names())
-
-    def __len__(self) -> int:
-        return len(_native.CpuState.names())
-
-    def apply(self, values: Mapping[str, int]) -> None:
-        """Sets several registers in one step; raises `StateError`, setting none, on a bad one."""
-        state = self._machine.save_cpu(self._index)
-        for name, value in values.items():
-            state[name] = value
-        self._machine.restore_cpu(self._index, state)
-
-    def update(self, *args: object, **values: int) -> None:
-        """Like `dict.update`, in one step (see `apply`)."""
-        merged: dict[str, int] = dict(*args, **values)
-        self.apply(merged)
-
-    def as_dict(self) -> dict[str, int]:
-        """All registers, read at one moment."""
-        state = self._machine.save_cpu(self._index)
-        return {name: state[name] for name in _native.CpuState.names()}
-
-
 class Cpu:
     """Virtual CPU `index` of a machine."""
 
@@ -97,8 +54,22 @@ class Cpu:
         self._machine = machine
         self._memory = memory
         self.index = index
-        self.registers = Registers(machine, index)
         self._mmu: Mmu | None = None
+
+    @property
+    def registers(self) -> Registers:
+        """The registers by name, as a mapping."""
+        from polyvisor.registers import Registers  # not needed to run a guest
+
+        return Registers(self)
+
+    def set_registers(self, values: Mapping[str, int]) -> None:
+        """Sets several registers by name in one step; raises `StateError`, setting none, on a bad
+        one."""
+        state = self.state
+        for name, value in values.items():
+            state[name] = value
+        self.state = state
 
     @property
     def mmu(self) -> Mmu:

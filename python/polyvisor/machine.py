@@ -2,57 +2,59 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import weakref
-from collections.abc import Callable, Mapping
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, cast
-
-import msgspec
 
 from polyvisor import _native
-from polyvisor.config import EngineName, HugePagesName, IrqchipName, MachineConfig
+from polyvisor.config import MachineConfig
 from polyvisor.console import Console
 from polyvisor.cpu import Cpu
-from polyvisor.debug import Breakpoints, DebugStop, stops
 from polyvisor.errors import ConfigError, DeviceError, MachineTimeout, StateMismatch
 from polyvisor.memory import Memory
+from polyvisor.records import Record, replace
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Mapping
+    from types import TracebackType
+    from typing import Any, Literal
+
     from typing_extensions import Buffer
 
+    from polyvisor.config import EngineName, HugePagesName, IrqchipName
+    from polyvisor.debug import Breakpoints, DebugStop
     from polyvisor.machine_mmu import Mmu
 
-#: Why a machine ended.
-#:
-#: - ``power_off``: the guest switched itself off (ACPI S5).
-#: - ``reset``: the guest asked for a reset (keyboard controller, port 0xCF9, ACPI reset register).
-#: - ``triple_fault``: a CPU shut down.
-#: - ``debug_exit``: the guest wrote to the debug-exit port; `ExitInfo.status` is the status.
-#: - ``halted``: every CPU is halted and nothing can ever wake one.
-#: - ``stopped``: the host stopped it.
-#: - ``device_error``: a device written in Python raised (`wait` raises `DeviceError` instead).
-#: - ``engine_failure``: the engine could not go on; `ExitInfo.detail` says why.
-Reason = Literal[
-    "power_off",
-    "reset",
-    "triple_fault",
-    "debug_exit",
-    "halted",
-    "stopped",
-    "device_error",
-    "engine_failure",
-]
+    #: Why a machine ended.
+    #:
+    #: - ``power_off``: the guest switched itself off (ACPI S5).
+    #: - ``reset``: the guest asked for a reset (keyboard controller, port 0xCF9, ACPI reset
+    #:   register).
+    #: - ``triple_fault``: a CPU shut down.
+    #: - ``debug_exit``: the guest wrote to the debug-exit port; `ExitInfo.status` is the status.
+    #: - ``halted``: every CPU is halted and nothing can ever wake one.
+    #: - ``stopped``: the host stopped it.
+    #: - ``device_error``: a device written in Python raised (`wait` raises `DeviceError` instead).
+    #: - ``engine_failure``: the engine could not go on; `ExitInfo.detail` says why.
+    Reason = Literal[
+        "power_off",
+        "reset",
+        "triple_fault",
+        "debug_exit",
+        "halted",
+        "stopped",
+        "device_error",
+        "engine_failure",
+    ]
 
-#: What a machine is doing.
-State = Literal["created", "running", "paused", "ended", "closed"]
+    #: What a machine is doing.
+    State = Literal["created", "running", "paused", "ended", "closed"]
 
 E820_RAM = 1
 E820_RESERVED = 2
 
 
-class ExitInfo(msgspec.Struct, frozen=True, kw_only=True):
+class ExitInfo(Record, kw_only=True):
     """How a machine ended."""
 
     reason: Reason
@@ -123,7 +125,7 @@ class Machine:
             "name": name,
         }
         changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-        config = msgspec.structs.replace(config or MachineConfig(), **changes).validated()
+        config = replace(config or MachineConfig(), **changes).validated()
         self.config: MachineConfig = config
         self._native = _native.Machine(
             memory=config.memory_size,
@@ -148,8 +150,6 @@ class Machine:
         self._serial = [Console(self._native.serial(i)) for i in range(config.serial_ports)]
         self._cpus = [Cpu(self._native, self._memory, i) for i in range(config.cpus)]
         self._mmu: Mmu | None = None
-        #: Breakpoints and watchpoints of the host; see `wait_pause`.
-        self.breakpoints = Breakpoints(self._native)
         #: The standard devices that are written in Python, by name ("rtc", "i8042").
         self.devices: dict[str, object] = {}
         if standard_devices:
@@ -187,7 +187,7 @@ class Machine:
     @property
     def state(self) -> State:
         """What it is doing now."""
-        return cast("State", self._native.state)
+        return self._native.state
 
     @property
     def now(self) -> int:
@@ -252,6 +252,13 @@ class Machine:
                 entries.append((start, end - start, E820_RAM))
         return entries
 
+    @property
+    def breakpoints(self) -> Breakpoints:
+        """Breakpoints and watchpoints of the host; see `wait_pause`."""
+        from polyvisor.debug import Breakpoints  # not needed to run a guest
+
+        return Breakpoints(self._native)
+
     # --- what is in it ---------------------------------------------------------------------------
 
     def load(
@@ -272,7 +279,7 @@ class Machine:
 
     def set_boot_registers(self, registers: Mapping[str, int]) -> None:
         """Sets registers of CPU 0 by name, in one step (see `Registers`)."""
-        self.cpu(0).registers.apply(registers)
+        self.cpu(0).set_registers(registers)
 
     def add_port_device(self, port: int, device: object, size: int = 1, *, base: int = 0) -> None:
         """Gives ports [port, port+size) to `device`, a Python object (see `polyvisor.devices`).
@@ -280,10 +287,12 @@ class Machine:
         It sees offsets from `base` on, so that one device can serve several ranges. Raises
         `MemoryRangeError` when a port is taken. Also while the machine runs.
         """
+        _note_main_thread()
         self._native.add_port_device(port, size, device, base)
 
     def add_memory_device(self, gpa: int, device: object, size: int, *, base: int = 0) -> None:
         """Gives guest-physical [gpa, gpa+size) to `device`; see `add_port_device`."""
+        _note_main_thread()
         self._native.add_memory_device(gpa, size, device, base)
 
     def remove_port_device(self, port: int) -> None:
@@ -301,6 +310,7 @@ class Machine:
     def timer(self, callback: Callable[[], None]) -> _native.Timer:
         """A one-shot timer on virtual time. The callback runs on the machine's event-loop thread
         (in deterministic mode: the CPU's thread); an exception in it stops the machine."""
+        _note_main_thread()
         return self._native.timer(callback)
 
     # --- running it ------------------------------------------------------------------------------
@@ -332,10 +342,14 @@ class Machine:
         """
         if not self._native.wait_stopped(timeout) or self.state != "paused":
             return None
+        from polyvisor.debug import DebugStop
+
         return next(iter(self.stops()), DebugStop(reason="pause"))
 
     def stops(self) -> list[DebugStop]:
         """The breakpoints that CPUs have met since the machine last ran, the first first."""
+        from polyvisor.debug import stops
+
         return stops(self._native)
 
     def run(self, timeout: float | None = None) -> ExitInfo:
@@ -403,7 +417,7 @@ class Machine:
         if cause is not None:
             raise device_error(cause, info.detail) from cause
         return ExitInfo(
-            reason=cast("Reason", info.reason),
+            reason=info.reason,
             status=info.status,
             detail=info.detail,
             cpu=info.cpu,
@@ -445,12 +459,18 @@ class Machine:
         return self._native.log()
 
     def __repr__(self) -> str:
-        with contextlib.suppress(AttributeError):
-            return (
-                f"<Machine {self.name!r}: {self.cpus} CPU{'s' if self.cpus > 1 else ''}, "
-                f"{self.memory_size >> 20} MiB, {self.engine}, {self.state}>"
-            )
-        return "<Machine>"
+        if not hasattr(self, "_native"):  # its making failed
+            return "<Machine>"
+        return (
+            f"<Machine {self.name!r}: {self.cpus} CPU{'s' if self.cpus > 1 else ''}, "
+            f"{self.memory_size >> 20} MiB, {self.engine}, {self.state}>"
+        )
+
+
+def _note_main_thread() -> None:
+    """Python takes the thread that imports `threading` for the main one. That must not become a
+    thread of the machine, by what a device imports there."""
+    import threading  # noqa: F401
 
 
 def device_error(cause: BaseException, detail: str) -> DeviceError:

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
-
-from polyvisor import _native
 from polyvisor.errors import MemoryRangeError
+from polyvisor.records import Record
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import TracebackType
+    from typing import Self
+
     from typing_extensions import Buffer
 
+    from polyvisor import _native
 
-@dataclass(frozen=True, slots=True)
-class DirtyPages:
+
+class DirtyPages(Record):
     """The pages that one `DirtyLog.fetch` reports: a sequence of `ranges`, false when empty."""
 
     #: (gpa, bytes) of what was written, ascending: pages of 4096 bytes, adjacent ones joined.
     ranges: list[tuple[int, int]]
     #: The same for bulk use, by the start of each region of memory: page n of the region is bit
     #: n % 8 of byte n // 8 (`numpy.unpackbits(..., bitorder="little")`).
-    bitmaps: dict[int, bytes] = field(repr=False)
+    bitmaps: dict[int, bytes]
 
     @property
     def size(self) -> int:
@@ -36,8 +36,13 @@ class DirtyPages:
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(self.ranges)
 
+    def __repr__(self) -> str:
+        return f"DirtyPages(ranges={self.ranges!r})"
+
     def has(self, gpa: int) -> bool:
         """Whether the page of this address is among them."""
+        from bisect import bisect_right
+
         at = bisect_right(self.ranges, (gpa, 1 << 64)) - 1
         return at >= 0 and gpa < sum(self.ranges[at])
 

@@ -61,7 +61,7 @@ def test_damage_is_noticed(damage: str) -> None:
     elif damage == "gone":
         data.unlink()
     else:
-        (data.parent.parent / "manifest.json").write_text("{")
+        (data.parent.parent / "manifest").write_text("{")
     place = cache.entry("key", write)
     assert (place / "sub" / "data").read_bytes() == b"content"
 
@@ -81,7 +81,7 @@ def test_sums_that_are_known() -> None:
     data = cache.entry("flat", lambda directory: (directory / "data").touch()) / "data"
     empty = hashlib.sha256().hexdigest()
     assert cache.file_sum(data) == empty
-    manifest = data.with_name("manifest.json")
+    manifest = data.with_name("manifest")
     manifest.write_text(manifest.read_text().replace(empty, "0" * 64))
     assert cache.file_sum(data) == "0" * 64  # not read again
     os.utime(data)

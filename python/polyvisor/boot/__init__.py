@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 from polyvisor.boot import acpi, elf, layout, linux
 from polyvisor.boot.layout import Chunk, Hardware, Plan, Range
 from polyvisor.errors import ConfigError, ImageError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Literal
+
     from polyvisor.machine import Machine
 
-Choice = Literal["auto", "linux64", "linux32", "pvh", "elf"]
+    Choice = Literal["auto", "linux64", "linux32", "pvh", "elf"]
 
 _PIECE = 2 << 20
 _COMPRESSED = {
@@ -148,8 +149,8 @@ def read_file(path: str | os.PathLike[str], what: str) -> memoryview:
         return ImageError(text, path=name, reason=reason)
 
     try:
-        if not Path(name).is_file():
-            if not Path(name).exists():
+        if not os.path.isfile(name):
+            if not os.path.exists(name):
                 raise error(f"there is no {what} {name}", "missing")
             raise error(f"the {what} {name} is not a regular file", "unreadable")
         with open(name, "rb") as file:
@@ -184,7 +185,6 @@ def _not_a_kernel(
 
 
 __all__ = [
-    "Choice",
     "Chunk",
     "Hardware",
     "Plan",

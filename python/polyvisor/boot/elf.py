@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import struct
 
-import msgspec
-
 from polyvisor.boot import layout, linux
 from polyvisor.boot.layout import Chunk, Plan, Range
 from polyvisor.config import show_size
 from polyvisor.errors import ImageError
+from polyvisor.records import Record
 
 _CLASS_64, _LITTLE_ENDIAN = 2, 1
 _EXEC, _DYN = 2, 3
@@ -24,7 +23,7 @@ _MODULES = layout.START_INFO + 0x100
 _MEMORY_MAP = layout.START_INFO + 0x200
 
 
-class Kernel(msgspec.Struct, frozen=True):
+class Kernel(Record):
     """What an ELF file says of where it wants to be and to start."""
 
     bits: int
@@ -41,7 +40,7 @@ def is_elf(image: bytes | memoryview) -> bool:
     return bytes(image[:4]) == b"\x7fELF"
 
 
-class Segment(msgspec.Struct, frozen=True):
+class Segment(Record):
     """A program header (ELF specification, chapter 2)."""
 
     #: Where in the file the header itself is.

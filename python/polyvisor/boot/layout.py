@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
-
-import msgspec
 
 from polyvisor.errors import ConfigError
+from polyvisor.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from typing import Literal
+
+    Mode = Literal["long", "protected"]
+    Protocol = Literal["linux64", "linux32", "pvh", "elf64", "elf32"]
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -33,7 +38,7 @@ E820_RESERVED = 2
 E820_ACPI = 3
 
 
-class Range(msgspec.Struct, frozen=True):
+class Range(Record):
     """A piece of the guest-physical address space, as firmware reports it (ACPI 6.5, 15)."""
 
     start: int
@@ -46,7 +51,7 @@ class Range(msgspec.Struct, frozen=True):
         return self.start + self.size
 
 
-class Isa(msgspec.Struct, frozen=True):
+class Isa(Record):
     """A device at fixed ports, for the DSDT."""
 
     name: str
@@ -56,7 +61,7 @@ class Isa(msgspec.Struct, frozen=True):
     uid: int | None = None
 
 
-class Hardware(msgspec.Struct, frozen=True):
+class Hardware(Record):
     """Addresses of the chips that ACPI tells the guest of. The defaults are polyvisor's PC."""
 
     lapic: int = 0xFEE00000
@@ -134,7 +139,7 @@ def installed(ranges: Iterable[Range]) -> int:
     return -(-total // MIB) * MIB
 
 
-class Chunk(msgspec.Struct, frozen=True):
+class Chunk(Record):
     """Bytes to be stored at a guest-physical address; `what` is for people."""
 
     gpa: int
@@ -147,11 +152,7 @@ class Chunk(msgspec.Struct, frozen=True):
         return self.gpa + len(self.data)
 
 
-Mode = Literal["long", "protected"]
-Protocol = Literal["linux64", "linux32", "pvh", "elf64", "elf32"]
-
-
-class Plan(msgspec.Struct, frozen=True):
+class Plan(Record):
     """All that starting a kernel takes: what to store where, and the boot CPU's state.
 
     `mode` "long" is 64-bit mode with the first 4 GiB mapped one to one, "protected" is 32-bit

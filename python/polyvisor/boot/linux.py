@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import struct
 
-import msgspec
-
 from polyvisor.boot import layout
 from polyvisor.boot.layout import Chunk, Plan, Range
 from polyvisor.config import show_size
 from polyvisor.errors import ConfigError, ImageError
+from polyvisor.records import Record
 
 HEADER = 0x1F1
 _MAGIC = b"HdrS"
@@ -23,7 +22,7 @@ _V_RELOCATABLE, _V_CMDLINE_SIZE, _V_INIT_SIZE, _V_XLOADFLAGS = 0x205, 0x206, 0x2
 _OLDEST = 0x204
 
 
-class SetupHeader(msgspec.Struct, frozen=True):
+class SetupHeader(Record):
     """What the header of a bzImage says."""
 
     version: int

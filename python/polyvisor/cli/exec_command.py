@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
-import signal
 import sys
-from types import FrameType
-from typing import TYPE_CHECKING, Any
 
 from polyvisor.cli import output, status
-from polyvisor.cli.terminal import EscapeKeys, RawMode, Reader
 from polyvisor.errors import ConfigError, Error
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from types import FrameType
+    from typing import Any
+
     from polyvisor.guest.channel import Channel
     from polyvisor.guest.command import Completed
     from polyvisor.machine import Machine
@@ -85,6 +84,10 @@ def execute(
 def _on_terminal(command: list[str], options: dict[str, Any]) -> Completed | None:
     """The command gets a terminal of the user's size, whose keys go straight to it. None when the
     user quit."""
+    import shutil
+    import signal
+
+    from polyvisor.cli.terminal import EscapeKeys, RawMode, Reader
     from polyvisor.guest import exec  # noqa: A004
 
     keys = EscapeKeys()

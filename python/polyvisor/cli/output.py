@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import os
-import select
 import sys
-import threading
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import threading
+    from typing import Any
 
 #: Seconds that a step may take in silence.
 PATIENCE = 1.0
@@ -22,11 +22,15 @@ def write_all(descriptor: int, data: bytes) -> None:
             view = view[os.write(descriptor, view) :]
         except BlockingIOError:
             # Somebody else made our terminal or pipe non-blocking.
+            import select
+
             select.select([], [descriptor], [])
 
 
 def write_json(value: dict[str, Any]) -> None:
     """One JSON document on stdout."""
+    import json
+
     write_all(1, (json.dumps(value, indent=2) + "\n").encode())
 
 
@@ -42,6 +46,8 @@ def as_json(name: str, data: bytes) -> dict[str, str]:
     try:
         return {name: data.decode()}
     except UnicodeDecodeError:
+        import base64
+
         return {f"{name}_base64": base64.b64encode(data).decode()}
 
 
@@ -53,12 +59,17 @@ class Progress:
         self._text = ""
         self._timer: threading.Timer | None = None
         self._spinner: Any = None
-        self._lock = threading.Lock()
-        self._wanted = sys.stderr is not None and sys.stderr.isatty()
+        self._lock: threading.Lock | None = None
+        if sys.stderr is not None and sys.stderr.isatty():
+            import threading
+
+            self._lock = threading.Lock()
 
     def __call__(self, text: str) -> None:
-        if not self._wanted:
+        if self._lock is None:
             return
+        import threading
+
         with self._lock:
             if self._timer is not None:
                 self._timer.cancel()
@@ -76,6 +87,7 @@ class Progress:
     def _show(self) -> None:
         from rich.console import Console
 
+        assert self._lock is not None
         with self._lock:
             if self._text and self._spinner is None:
                 self._spinner = Console(stderr=True).status(self._text)

@@ -8,8 +8,10 @@ typer, which then says what is wrong; tests/cli/test_quick.py holds the two toge
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 ENGINES = ("auto", "soft", "kvm")
 IRQCHIPS = ("auto", "kernel", "split", "user")

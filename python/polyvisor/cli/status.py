@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from types import FrameType
 
 from polyvisor import errors
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal as _signal
+    from collections.abc import Callable
+    from types import FrameType, TracebackType
+    from typing import Any
+else:
+    # What `signal` is made of. That makes enumerations of all numbers, which takes a third as long
+    # as all that polyvisor imports.
+    import _signal
 
 OK = 0
 #: `run`: the guest crashed or panicked.
@@ -23,8 +28,8 @@ TIMEOUT = 124
 FAILED = 125
 NOT_EXECUTABLE = 126
 NOT_FOUND = 127
-INTERRUPTED = 128 + signal.SIGINT
-BROKEN_PIPE = 128 + signal.SIGPIPE
+INTERRUPTED = 128 + _signal.SIGINT
+BROKEN_PIPE = 128 + _signal.SIGPIPE
 
 #: Lines of the guest's console that are shown with an error.
 TAIL_LINES = 100
@@ -38,42 +43,56 @@ class Terminated(BaseException):
         self.number = number
 
 
-@contextlib.contextmanager
-def signals_raise() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP unwind, by an exception that nothing on the way takes for its own
-    (as parsers and event loops do with KeyboardInterrupt)."""
+class signals_raise:  # noqa: N801 -- used as a function
+    """A context in which Ctrl-C, SIGTERM and SIGHUP unwind, by an exception that nothing on the way
+    takes for its own (as parsers and event loops do with KeyboardInterrupt)."""
 
-    def raise_it(number: int, frame: FrameType | None) -> None:
+    def __enter__(self) -> None:
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._ignored
+        self._before: dict[int, Any] = {}
+        for number in (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP):
+            # What our parent chose to ignore (nohup, a shell's background job) stays ignored.
+            if _signal.getsignal(number) != _signal.SIG_IGN:
+                self._before[number] = _signal.signal(number, self._raise_it)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        sys.unraisablehook = self._hook
+        for number, handler in self._before.items():
+            _signal.signal(number, handler)
+
+    @staticmethod
+    def _raise_it(number: int, frame: FrameType | None) -> None:
         raise Terminated(number)
 
-    def ignored(unraisable: sys.UnraisableHookArgs) -> None:
+    def _ignored(self, unraisable: sys.UnraisableHookArgs) -> None:
         # The signal came where Python drops exceptions (a finalizer, or the callback of a weak
         # reference, of which an import has many): it comes again, when that is over.
         if isinstance(unraisable.exc_value, Terminated):
+            import threading
+
             later = threading.Timer(0.05, os.kill, (os.getpid(), unraisable.exc_value.number))
             later.daemon = True
             later.start()
         else:
-            hook(unraisable)
+            self._hook(unraisable)
 
-    hook, sys.unraisablehook = sys.unraisablehook, ignored
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # What our parent chose to ignore (nohup, a shell's background job) stays ignored.
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, raise_it)
+
+def quietly(write: Callable[[], object]) -> None:
+    """Calls it; that nobody is there to read what it writes is no error."""
     try:
-        yield
-    finally:
-        sys.unraisablehook = hook
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        write()
+    except (OSError, ValueError):
+        return
 
 
 def say(sentence: str) -> None:
     """One line on stderr, if anybody is there to read it."""
-    with contextlib.suppress(OSError, ValueError):
-        print(f"polyvisor: {sentence}", file=sys.stderr, flush=True)
+    quietly(lambda: print(f"polyvisor: {sentence}", file=sys.stderr, flush=True))
 
 
 def note_engine(engine: str) -> None:
@@ -82,19 +101,20 @@ def note_engine(engine: str) -> None:
         return
     from polyvisor import _native
 
-    with contextlib.suppress(errors.Error):  # which making the machine will raise, too
+    try:
         note = _native.choose_engine(engine)[1]
-        if note:
-            say(note)
+    except errors.Error:  # which making the machine will raise, too
+        return
+    if note:
+        say(note)
 
 
 def show_tail(text: str) -> None:
     """The end of the guest's console on stderr."""
     lines = [line.rstrip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
-    with contextlib.suppress(OSError, ValueError):
-        for line in lines[-TAIL_LINES:]:
-            print(f"  | {line}", file=sys.stderr)
-        sys.stderr.flush()
+    shown = "\n".join(f"  | {line}" for line in lines[-TAIL_LINES:])
+    if shown:
+        quietly(lambda: print(shown, file=sys.stderr, flush=True))
 
 
 def report(error: BaseException) -> int:
@@ -104,9 +124,11 @@ def report(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         say("interrupted; the machine was stopped")
         return INTERRUPTED
-    if isinstance(error, Terminated) and error.number == signal.SIGINT:
+    if isinstance(error, Terminated) and error.number == _signal.SIGINT:
         return report(KeyboardInterrupt())
     if isinstance(error, Terminated):
+        import signal
+
         say(f"ended by {signal.Signals(error.number).name}; the machine was stopped")
         return 128 + error.number
     if isinstance(error, BrokenPipeError):
@@ -125,6 +147,8 @@ def report(error: BaseException) -> int:
         say("this host has not enough memory for that machine; give it less with --memory")
         return FAILED
     if isinstance(error, OSError) and error.errno is not None:
+        import errno
+
         where = f"{error.filename}: " if error.filename else ""
         hint = "; make room there" if error.errno == errno.ENOSPC else ""
         say(f"{where}{os.strerror(error.errno)}{hint}")

@@ -14,13 +14,13 @@ See `polyvisor.devices.base` for the whole protocol.
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
 
-from polyvisor.devices.base import Device
 from polyvisor.devices.i8042 import I8042
 from polyvisor.devices.rtc import Rtc, wall_clock_now
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from polyvisor.devices.base import Device
     from polyvisor.machine import Machine
 
 __all__ = ["I8042", "Device", "Rtc", "install_standard"]
@@ -43,7 +43,7 @@ def install_standard(machine: Machine) -> dict[str, object]:
         wall_clock=wall_clock,
         memory_size=machine.memory_size,
     )
-    machine.add_port_device(0x70, rtc, size=2)
+    native.add_port_device(0x70, 2, rtc, 0)
 
     # The machine holds its devices; they must not hold it.
     reference = weakref.ref(machine)
@@ -54,6 +54,14 @@ def install_standard(machine: Machine) -> dict[str, object]:
             target.end("reset", detail="the guest pulsed the keyboard controller's reset line")
 
     i8042 = I8042(reset=reset)
-    machine.add_port_device(0x60, i8042)
-    machine.add_port_device(0x64, i8042, base=4)
+    native.add_port_device(0x60, 1, i8042, 0)
+    native.add_port_device(0x64, 1, i8042, 4)
     return {"rtc": rtc, "i8042": i8042}
+
+
+def __getattr__(name: str) -> object:
+    if name == "Device":  # for those who derive from it; a machine does not need it
+        from polyvisor.devices.base import Device
+
+        return Device
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,10 @@ nor mouse. Without devices it interrupts nobody. (IBM PS/2 Hardware Interface Te
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 DATA, STATUS = 0, 4
 

@@ -13,13 +13,30 @@ MC146818A data sheet; the century byte at 0x32 is the PC's convention.
 
 from __future__ import annotations
 
-import calendar
-import math
 import struct
-import threading
 import time
-from collections.abc import Callable
-from typing import Protocol
+from _thread import RLock
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Protocol
+
+    class IrqLine(Protocol):
+        """What the clock needs of its interrupt wire."""
+
+        def set(self, level: bool, /) -> None:
+            """Raises or lowers it."""
+
+    class Timer(Protocol):
+        """What the clock needs of a timer on virtual time."""
+
+        def arm(self, deadline_ns: int, /) -> None:
+            """Calls back at that virtual time."""
+
+        def disarm(self) -> None:
+            """Does not call back."""
+
 
 SECOND = 1_000_000_000  # nanoseconds
 UIP_NS = 244_000
@@ -41,24 +58,18 @@ _TIME_REGISTERS = {SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR, CENTURY}
 
 _STATE = struct.Struct("<128sBBqqQ")  # CMOS, index, held or not, held seconds, base, seen
 MAX_YEAR = 2199  # nanoseconds since 1970 then still fit 63 bits
-_MAX_WALL = calendar.timegm((MAX_YEAR + 1, 1, 1, 0, 0, 0)) - 1
 
 
-class IrqLine(Protocol):
-    """What the clock needs of its interrupt wire."""
+def _days(year: int, month: int) -> int:
+    """Days from 1970 to the first of a month (from 1 on) in the Gregorian calendar."""
+    # Years from March on, so that a leap day is a year's last, and months' lengths follow a line.
+    year -= month < 3
+    return (
+        365 * year + year // 4 - year // 100 + year // 400 + (153 * ((month + 9) % 12) + 2) // 5
+    ) - 719468
 
-    def set(self, level: bool, /) -> None:
-        """Raises or lowers it."""
 
-
-class Timer(Protocol):
-    """What the clock needs of a timer on virtual time."""
-
-    def arm(self, deadline_ns: int, /) -> None:
-        """Calls back at that virtual time."""
-
-    def disarm(self) -> None:
-        """Does not call back."""
+_MAX_WALL = _days(MAX_YEAR + 1, 1) * 86400 - 1
 
 
 class Rtc:
@@ -80,7 +91,7 @@ class Rtc:
         self._now = now
         self._irq = irq
         self._base = int(wall_clock * SECOND)  # wall time at virtual time 0, ns since 1970
-        self._lock = threading.RLock()  # CPUs against the timer's thread
+        self._lock = RLock()  # CPUs against the timer's thread
         self._timer = timer(self._tick)
         self._index = 0
         self.cmos = bytearray(128)
@@ -221,7 +232,8 @@ class Rtc:
         # raise.
         month = min(max(month, 1), 12)
         year = min(max(year, 1970), MAX_YEAR)
-        after = calendar.timegm((year, month, 1, hour, minute, second)) + (max(day, 1) - 1) * 86400
+        days = _days(year, month) + max(day, 1) - 1
+        after = ((days * 24 + hour) * 60 + minute) * 60 + second
         if self._held is None:
             self._base += (after - now) * SECOND
         else:
@@ -373,4 +385,4 @@ class Rtc:
 
 def wall_clock_now() -> float:
     """The host's wall clock, as `Rtc` takes it."""
-    return math.floor(time.time() * 1000) / 1000
+    return time.time() * 1000 // 1 / 1000

@@ -6,12 +6,14 @@ Pure: bytes in, events out; nothing here waits or knows a machine.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
-from typing import Literal
-
-import msgspec
 
 from polyvisor.errors import GuestError
+from polyvisor.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Literal
 
 HEADER = 3
 MAX_PAYLOAD = 0xFFFF
@@ -20,25 +22,25 @@ STDIN_FRAME = 1024
 _READY = b"R\x08\x00PVX1"
 
 
-class Ready(msgspec.Struct, frozen=True):
+class Ready(Record):
     """Init listens."""
 
 
-class Output(msgspec.Struct, frozen=True):
+class Output(Record):
     """Bytes that the command wrote."""
 
     stream: Literal["stdout", "stderr"]
     data: bytes
 
 
-class Ended(msgspec.Struct, frozen=True):
+class Ended(Record):
     """The command ended: its exit `status`, or the `signal` that killed it."""
 
     status: int
     signal: int = 0
 
 
-class NotRun(msgspec.Struct, frozen=True):
+class NotRun(Record):
     """The command could not be started, at `stage`, for the reason `errno` (Linux's numbers)."""
 
     stage: Literal["start", "directory", "exec"]

@@ -7,30 +7,31 @@ first is the guest's console, which is shown only when something went wrong.
 from __future__ import annotations
 
 import os
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
 
 from polyvisor.errors import ConfigError, GuestError, ImageError, MachineTimeout
 from polyvisor.guest.channel import Channel, Ended, NotRun, Output, Ready
 from polyvisor.guest.feeder import Feeder
 from polyvisor.images import initramfs, vmlinux
 from polyvisor.images import kernel as kernels
+from polyvisor.records import Record
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import IO, Any
+
     from polyvisor.images import packages
     from polyvisor.machine import ExitInfo, Machine
+
+    Stdin = bytes | str | int | IO[bytes] | None
+    Sink = Callable[[bytes], object]
 
 #: What exec adds to the kernel's command line, in front of the caller's own. docs/exec.md says why
 #: for each.
 DEFAULT_CMDLINE = "console=ttyS0 quiet panic=-1 cryptomgr.notests tsc=reliable"
-Stdin = bytes | str | int | IO[bytes] | None
-Sink = Callable[[bytes], object]
 
-_PANIC = re.compile(r"Kernel panic - not syncing: ?([^\r\n]*)")
+_PANIC = "Kernel panic - not syncing:"
 _PANIC_END = b"---[ end Kernel panic"
 #: How long a wait may keep the calling thread from noticing Ctrl-C.
 _SLICE = 0.1
@@ -65,8 +66,7 @@ class CommandFailed(GuestError):
         self.completed = completed
 
 
-@dataclass(frozen=True)
-class Completed:
+class Completed(Record):
     """How a command ended."""
 
     argv: tuple[str, ...]
@@ -289,11 +289,11 @@ class _Run:
 def guest_failure(info: ExitInfo | None, transcript: str) -> GuestError:
     """The exception for a guest that ended before its time, from its end and its console."""
     tail = transcript[-2000:]
-    panic = _PANIC.search(transcript)
-    if panic is not None:
-        text = panic.group(1).strip()
+    panic = transcript.find(_PANIC)
+    if panic >= 0:
+        text = (transcript[panic + len(_PANIC) :].splitlines() or [""])[0].strip()
         # What led to it, and all it says, however long its trace is.
-        begin = transcript.rfind("\n", 0, max(0, panic.start() - 500)) + 1
+        begin = transcript.rfind("\n", 0, max(0, panic - 500)) + 1
         tail = transcript[begin : begin + 4500]
         return GuestPanic(f"the guest's kernel panicked: {text}", text=text, tail=tail)
     how = {
@@ -315,28 +315,28 @@ def guest_failure(info: ExitInfo | None, transcript: str) -> GuestError:
 
 def _kernel(
     given: str | os.PathLike[str], progress: packages.Progress | None
-) -> tuple[Path, initramfs.Architecture]:
+) -> tuple[str, initramfs.Architecture]:
     """The kernel file, and which programs it runs."""
     if isinstance(given, str) and given in kernels.NAMES:
         found = kernels.fetch(given, progress=progress)
         try:
             # Unpacked once here, instead of by the guest's own first instructions each time.
-            return vmlinux.cached(found.image), found.architecture
+            return vmlinux.cached_path(found.image_path), found.architecture
         except ImageError:  # a compression for which this Python has no library
-            return found.image, found.architecture
+            return found.image_path, found.architecture
     from polyvisor import boot
 
-    path = Path(os.fspath(given))
-    if isinstance(given, str) and "/" not in given and not path.exists():
+    path = os.fspath(given)
+    if isinstance(given, str) and "/" not in given and not os.path.exists(path):
         raise ConfigError(
             f"there is no kernel called {given!r}; choose one of {', '.join(kernels.NAMES)}, or "
             f"give a file",
             field="kernel",
         )
-    return path, "amd64" if boot.is_64bit(boot.read_file(path, "kernel"), str(path)) else "i386"
+    return path, "amd64" if boot.is_64bit(boot.read_file(path, "kernel"), path) else "i386"
 
 
-def _load(machine: Machine, image: Path, initrd: bytes, cmdline: str) -> None:
+def _load(machine: Machine, image: str, initrd: bytes, cmdline: str) -> None:
     from polyvisor import boot
 
     boot.load(machine, image, initrd, cmdline)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import select
-import threading
-from typing import IO, TYPE_CHECKING
+from _thread import allocate_lock
 
 from polyvisor.errors import ConfigError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import threading
+    from typing import IO
+
     from polyvisor.guest.channel import Channel
 
 #: Unsent bytes from which on no more is read.
@@ -18,16 +21,17 @@ _CHUNK = 64 << 10
 
 
 class Feeder:
-    """Passes stdin to a channel, on a thread of its own when it comes from a file.
+    """Passes stdin to a channel, on a thread of its own when it comes from a file with anything in
+    it.
 
     Whoever else uses the channel meanwhile must hold `lock`.
     """
 
     def __init__(self, channel: Channel, source: bytes | str | int | IO[bytes] | None) -> None:
-        self.lock = threading.Lock()
+        self.lock = allocate_lock()
         self._channel = channel
-        self._room = threading.Condition(self.lock)
         self._stopped = False
+        self._room: threading.Condition | None = None
         self._thread: threading.Thread | None = None
         self._wake: tuple[int, int] | None = None
         if source is None or isinstance(source, bytes | str):
@@ -43,6 +47,13 @@ class Feeder:
             raise ConfigError(
                 f"stdin: {descriptor} is not an open file descriptor", field="stdin"
             ) from None
+        if _is_at_end(descriptor):
+            with self.lock:
+                channel.end_input()
+            return
+        import threading  # which many commands do without: their stdin is /dev/null
+
+        self._room = threading.Condition(self.lock)
         self._wake = os.pipe()
         self._thread = threading.Thread(
             target=self._read, args=(descriptor,), name="polyvisor-stdin", daemon=True
@@ -51,7 +62,7 @@ class Feeder:
 
     def wake(self) -> None:
         """The channel may have room again."""
-        if self._thread is not None:
+        if self._room is not None:
             with self.lock:
                 self._room.notify_all()
 
@@ -59,7 +70,8 @@ class Feeder:
         """Ends the thread. What it had read and the guest had not taken is gone."""
         with self.lock:
             self._stopped = True
-            self._room.notify_all()
+            if self._room is not None:
+                self._room.notify_all()
         if self._thread is not None and self._wake is not None:
             os.write(self._wake[1], b"x")
             self._thread.join()
@@ -68,6 +80,7 @@ class Feeder:
 
     def _read(self, descriptor: int) -> None:
         assert self._wake is not None
+        assert self._room is not None
         poll = select.poll()  # unlike select(), for any descriptor number
         poll.register(descriptor, select.POLLIN)
         poll.register(self._wake[0], select.POLLIN)
@@ -92,3 +105,8 @@ class Feeder:
                 else:
                     self._channel.end_input()
                     return
+
+
+def _is_at_end(descriptor: int) -> bool:
+    """Whether nothing will ever come from there: /dev/null, most of all."""
+    return os.fstat(descriptor).st_rdev == os.stat(os.devnull).st_rdev

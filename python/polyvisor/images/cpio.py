@@ -6,9 +6,12 @@ Deterministic: no times, no inode numbers of the host, so the same content gives
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
 
 from polyvisor.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 #: The largest file: sizes are 32-bit.
 MAX_FILE = 0xFFFF_FFFF

@@ -8,17 +8,20 @@ compressed: unpacking would cost the guest more than reading the bytes.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Literal
-
-import msgspec
 
 from polyvisor.errors import ConfigError, ImageError
 from polyvisor.images import cache
 from polyvisor.images.cpio import Archive
+from polyvisor.records import Record
 
-Architecture = Literal["amd64", "i386"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+    from typing import Literal
+
+    Architecture = Literal["amd64", "i386"]
+    AnyPath = str | os.PathLike[str]
 
 #: What the command finds in its environment unless told otherwise.
 DEFAULT_ENVIRONMENT = {
@@ -42,12 +45,12 @@ _LAYOUT = 2  # goes into the cache's key: raise it when base_archive() changes
 _DIRECTORIES = ("bin", "sbin", "usr/bin", "usr/sbin", "etc", "proc", "sys", "dev", "run", "mnt")
 
 
-class Command(msgspec.Struct, frozen=True):
+class Command(Record):
     """What init runs in the guest, as root."""
 
     arguments: Sequence[str]
     #: Added to DEFAULT_ENVIRONMENT; a value of None takes a variable out.
-    environment: Mapping[str, str | None] = msgspec.field(default_factory=dict)
+    environment: Mapping[str, str | None] = {}
     directory: str = "/root"
     hostname: str = "polyvisor"
     #: Run it on a pseudo-terminal, stdout and stderr together, instead of on pipes.
@@ -59,8 +62,8 @@ def build(
     *,
     architecture: Architecture = "amd64",
     files: Mapping[str, bytes] | None = None,
-    busybox: Path | None = None,
-    init: Path | None = None,
+    busybox: AnyPath | None = None,
+    init: AnyPath | None = None,
 ) -> bytes:
     """The whole initramfs. `files` are added as they are (path to content, mode 0755).
 
@@ -68,12 +71,12 @@ def build(
     busybox or init is missing, `ConfigError` for a command that no program can be given.
     """
     archive = Archive()
-    archive.file("init", _read(init or find_init(architecture)), 0o755)
+    archive.file("init", _read(init or _init_path(architecture)), 0o755)
     if command is not None:
         archive.file(".polyvisor/command", encode(command), 0o600)
     for path, data in (files or {}).items():
         archive.file(path, data, 0o755)
-    base = base_archive(busybox or find_busybox(architecture))
+    base = base_archive(busybox or _busybox_path(architecture))
     return base + archive.finish()
 
 
@@ -112,7 +115,7 @@ def encode(command: Command) -> bytes:
     return data
 
 
-def base_archive(busybox: Path) -> bytes:
+def base_archive(busybox: AnyPath) -> bytes:
     """Busybox with a link for each of its applets, and the directories of a Linux system."""
     # By what changes when the file does: to sum two megabytes for every machine takes longer.
     version = _version(busybox)
@@ -139,18 +142,25 @@ def base_archive(busybox: Path) -> bytes:
                 archive.symlink(applet, "/bin/busybox")
         (directory / "base.cpio").write_bytes(archive.finish())
 
-    place = cache.entry(f"initramfs/{_LAYOUT}-{version}", make)
-    return (place / "base.cpio").read_bytes()
+    place = cache.entry_path(f"initramfs/{_LAYOUT}-{version}", make)
+    return _read(os.path.join(place, "base.cpio"))
 
 
 def find_init(architecture: Architecture) -> Path:
     """The init that was built with polyvisor, for a kernel of the given architecture."""
+    from pathlib import Path
+
+    return Path(_init_path(architecture))
+
+
+def _init_path(architecture: Architecture) -> str:
     name = {"amd64": "init-x86_64", "i386": "init-i386"}[architecture]
-    path = Path(__file__).parent.parent / "guest" / name
-    if not path.is_file():
+    directory = os.path.join(os.path.dirname(os.path.dirname(__file__)), "guest")
+    path = os.path.join(directory, name)
+    if not os.path.isfile(path):
         raise ImageError(
-            f"polyvisor's own {name} is missing from {path.parent}; build it with `make build`",
-            path=str(path),
+            f"polyvisor's own {name} is missing from {directory}; build it with `make build`",
+            path=path,
             reason="missing",
         )
     return path
@@ -158,16 +168,22 @@ def find_init(architecture: Architecture) -> Path:
 
 def find_busybox(architecture: Architecture) -> Path:
     """A static busybox: POLYVISOR_BUSYBOX, this host's, or (other architectures) the archive's."""
+    from pathlib import Path
+
+    return Path(_busybox_path(architecture))
+
+
+def _busybox_path(architecture: Architecture) -> str:
     given = os.environ.get("POLYVISOR_BUSYBOX")
     if given and architecture == "amd64":
-        return Path(given)
+        return given
     if architecture != "amd64":
         from polyvisor.images import packages
 
-        return packages.fetch("busybox-static", architecture, _keep_busybox) / "busybox"
+        return str(packages.fetch("busybox-static", architecture, _keep_busybox) / "busybox")
     for directory in ("/bin", "/usr/bin", *os.get_exec_path()):
-        found = Path(directory, "busybox")
-        if found.is_file() and os.access(found, os.X_OK):
+        found = os.path.join(directory, "busybox")
+        if os.path.isfile(found) and os.access(found, os.X_OK):
             return found
     raise ImageError(f"there is no busybox here, {_BUSYBOX_ADVICE}", reason="missing")
 
@@ -182,24 +198,24 @@ def _keep_busybox(unpacked: Path, directory: Path) -> None:
     raise ImageError("the package busybox-static has no busybox", reason="corrupt")
 
 
-def is_static(path: Path) -> bool:
+def is_static(path: AnyPath) -> bool:
     """No PT_INTERP: nothing else is needed to run it."""
     from elftools.common.exceptions import ELFError
     from elftools.elf.elffile import ELFFile
 
     try:
-        with path.open("rb") as file:
+        with open(path, "rb") as file:
             segments = ELFFile(file).iter_segments()
             return all(segment["p_type"] != "PT_INTERP" for segment in segments)
     except (OSError, ELFError):
         return False
 
 
-def _applets(busybox: Path) -> list[str]:
+def _applets(busybox: AnyPath) -> list[str]:
     """Where busybox wants its links, as "usr/bin/env"; asked of the program itself."""
     import subprocess
 
-    for program in (busybox, Path("/bin/busybox"), Path("/usr/bin/busybox")):
+    for program in (busybox, "/bin/busybox", "/usr/bin/busybox"):
         # The second and third: a host that cannot run the guest's (i386) programs asks its own.
         try:
             listing = subprocess.run(
@@ -215,20 +231,21 @@ def _applets(busybox: Path) -> list[str]:
     )
 
 
-def _version(path: Path) -> str:
+def _version(path: AnyPath) -> str:
     try:
-        found = path.stat()
+        found = os.stat(path)
     except OSError as error:
         raise _unreadable(path, error) from error
     return f"{found.st_size:x}-{found.st_mtime_ns:x}"
 
 
-def _read(path: Path) -> bytes:
+def _read(path: AnyPath) -> bytes:
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            return file.read()
     except OSError as error:
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: OSError) -> ImageError:
+def _unreadable(path: AnyPath, error: OSError) -> ImageError:
     return ImageError(f"cannot read {path}: {error.strerror}", path=str(path), reason="unreadable")

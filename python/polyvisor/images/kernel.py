@@ -7,22 +7,21 @@ On Ubuntu, which has no such packages, its own kernels of the same kind take the
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-import msgspec
 
 from polyvisor.errors import ConfigError, ImageError
 from polyvisor.images import cache
-from polyvisor.images.initramfs import Architecture
+from polyvisor.records import Record
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from polyvisor.images import packages
+    from polyvisor.images.initramfs import Architecture
 
 
-class Source(msgspec.Struct, frozen=True):
+class Source(Record):
     """Where a named kernel comes from: the first of `packages` that the host's sources have."""
 
     architecture: Architecture
@@ -45,14 +44,42 @@ NAMES = {
 }
 
 
-class Kernel(msgspec.Struct, frozen=True):
+class Kernel(Record):
     """A kernel in the cache."""
 
     name: str
-    image: Path
     architecture: Architecture
-    package: str
-    version: str
+    directory: str
+
+    @property
+    def image_path(self) -> str:
+        """The bzImage, as text."""
+        return os.path.join(self.directory, "vmlinuz")
+
+    @property
+    def image(self) -> Path:
+        """The bzImage."""
+        from pathlib import Path
+
+        return Path(self.image_path)
+
+    @property
+    def package(self) -> str:
+        """The name of the package that it is from."""
+        return self._info["package"]
+
+    @property
+    def version(self) -> str:
+        """That package's version."""
+        return self._info["version"]
+
+    @property
+    def _info(self) -> dict[str, str]:
+        import json
+
+        with open(os.path.join(self.directory, "info.json"), "rb") as file:
+            info: dict[str, str] = json.load(file)
+        return info
 
 
 def fetch(
@@ -75,6 +102,7 @@ def fetch(
     def make(directory: Path) -> None:
         # (Most calls find it in the cache, and need none of this.)
         import tempfile
+        from pathlib import Path
 
         from polyvisor.images import packages
 
@@ -87,9 +115,8 @@ def fetch(
             packages.unpack(deb, unpacked, r"(usr/)?(boot/|lib/modules/[^/]+/)(vmlinuz|config)")
             _keep(unpacked, directory, found)
 
-    place = cache.entry(f"kernels/{name}", make, refresh=refresh)
-    info = json.loads((place / "info.json").read_text())
-    return Kernel(name, place / "vmlinuz", source.architecture, info["package"], info["version"])
+    place = cache.entry_path(f"kernels/{name}", make, refresh=refresh)
+    return Kernel(name, source.architecture, place)
 
 
 def cached(name: str = "cloud") -> bool:
@@ -98,6 +125,7 @@ def cached(name: str = "cloud") -> bool:
 
 
 def _keep(unpacked: Path, directory: Path, found: packages.Found) -> None:
+    import json
     import re
     import shutil
 

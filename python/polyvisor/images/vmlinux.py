@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import os
-import struct
-from collections.abc import Callable
-from pathlib import Path
 
 from polyvisor.boot import elf, linux, read_file
 from polyvisor.errors import ImageError
 from polyvisor.images import cache
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 #: The most that any kernel unpacks to; guards against a corrupt or hostile file.
 MAX_SIZE = 1 << 30
@@ -51,18 +51,28 @@ def extract(bzimage: str | os.PathLike[str]) -> bytes:
     return kernel
 
 
-def cached(bzimage: Path) -> Path:
+def cached(bzimage: str | os.PathLike[str]) -> Path:
     """The extracted vmlinux, `trimmed`, as a file in the cache; made on first use."""
+    from pathlib import Path
+
+    return Path(cached_path(bzimage))
+
+
+def cached_path(bzimage: str | os.PathLike[str]) -> str:
+    """`cached`, as text."""
     key = cache.file_sum(bzimage)
 
     def make(directory: Path) -> None:
+        import contextlib
+        import struct
+
         kernel = extract(bzimage)
         # (As it is when it is damaged: loading it will say how.)
         with contextlib.suppress(struct.error, IndexError, OverflowError):
             kernel = trimmed(kernel)
         (directory / "vmlinux").write_bytes(kernel)
 
-    return cache.entry(f"vmlinux/{key[:32]}-trimmed", make) / "vmlinux"
+    return os.path.join(cache.entry_path(f"vmlinux/{key[:32]}-trimmed", make), "vmlinux")
 
 
 def trimmed(kernel: bytes) -> bytes:
@@ -107,6 +117,8 @@ def _zstd(data: memoryview) -> bytes:
 def _lz4(data: memoryview) -> bytes:
     """LZ4's legacy frames: blocks of at most 8 MiB, each with its size in front. Linux's build puts
     the unpacked size (4 bytes) behind the last, which no block's size can be taken for."""
+    import importlib
+
     try:
         block = importlib.import_module("lz4.block")
     except ImportError:

@@ -1,18 +1,148 @@
 #include "mmu/bulk.hpp"
 
+#include <algorithm>
+
+#include "mmu/walk_fast.hpp"
+
 namespace polyvisor {
+namespace {
+
+using namespace mmu_detail;
+
+/// What is left to one address at a time.
+[[gnu::noinline]] u64 walk_one(TableReader& tables, const PagingState& paging, u64 gva,
+                               PageAccess access, BulkEffects effects) {
+    if (!is_canonical(paging.mode, gva)) return kNoTranslation;
+    WalkResult r = effects == BulkEffects::kSet ? walk(tables, paging, gva, access)
+                                                : walk_pure(tables, paging, gva, access);
+    return r.ok() ? r.page.gpa : kNoTranslation;
+}
+
+/// Not zero for addresses that are not canonical.
+template <const PagingFormat& F>
+PV_INLINE u64 not_canonical(u64 gva) {
+    constexpr unsigned kWidth = F.level[0].shift + 9;
+    return (gva + bit(kWidth - 1)) >> kWidth;
+}
+
+/// One bit for each protection key of user pages and, from bit 16, of supervisor pages: whether it
+/// forbids the access.
+u32 denied_keys(const PagingState& s, PageAccess a) {
+    u32 denied = 0;
+    for (unsigned key = 0; key < 16 && !a.fetch; ++key) {
+        if (key_denies(s, true, a.user, a.write, key)) denied |= 1u << key;
+        if (key_denies(s, false, a.user, a.write, key)) denied |= 0x1'0000u << key;
+    }
+    return denied;
+}
+
+/// Addresses in one go. Those of a go tend to lie close together: what they share of the walk, at
+/// most all but the last level, is walked once.
+constexpr size_t kGo = 64;
+
+struct Bulk {
+    TableReader& tables;
+    const PagingState& paging;
+    PageAccess access;
+    BulkEffects effects;
+    TableWindow window;
+    const u8* root;  ///< host address of the first table
+    Plan plan;       ///< within `window`
+    u32 denied;      ///< keys
+    u64 faults = 0;
+
+    u64 one(u64 gva) {
+        u64 gpa = walk_one(tables, paging, gva, access, effects);
+        faults += gpa == kNoTranslation;
+        return gpa;
+    }
+};
+
+/// Walks the last `rest` levels for each address, the others for all.
+template <const PagingFormat& F, unsigned rest, bool keys>
+void walk_go(Bulk& b, const u64* gvas, u64* gpas, size_t count) {
+    const TableWindow window = b.window;
+    Followed shared;
+    const u8* first = b.root;
+    for (unsigned level = 0; level + rest < F.levels; ++level) {
+        u64 entry = read_entry<8>(first + entry_offset<F>(level, gvas[0]));
+        shared.all &= entry;
+        shared.any |= entry;
+        first = window.host + (entry & window.mask);
+    }
+    if (rest < F.levels && (shared.tables_wrong(b.plan) | not_canonical<F>(gvas[0]))) {
+        for (size_t n = 0; n < count; ++n) gpas[n] = b.one(gvas[n]);
+        return;
+    }
+    Plan plan = b.plan;
+    plan.all_forbid &= shared.all;
+    for (size_t n = 0; n < count; ++n) {
+        const u64 gva = gvas[n];
+        Followed f = follow_window<F, F.levels - rest>(window, first, gva);
+        u64 wrong = f.leaf_wrong(plan) | (rest == F.levels ? not_canonical<F>(gva) : 0);
+        if constexpr (rest == 2) {
+            // One table: what it must have and must not have is one comparison.
+            wrong |= (f.any & (plan.tables_care | plan.tables_forbid)) ^ plan.tables_want;
+        } else if constexpr (rest > 2) {
+            wrong |= f.tables_wrong(plan);
+        }
+        if constexpr (keys) {
+            bool user = shared.all & f.all & f.leaf & kPteUser;
+            wrong |= b.denied >> (bits(f.leaf, 62, 59) + (user ? 0 : 16)) & 1;
+        }
+        if (PV_UNLIKELY(wrong)) f.address = b.one(gva);
+        gpas[n] = f.address;
+    }
+}
+
+template <const PagingFormat& F, bool keys>
+void walk_all(Bulk& b, std::span<const u64> gvas, u64* gpas) {
+    for (size_t start = 0; start < gvas.size(); start += kGo) {
+        const u64* go = gvas.data() + start;
+        size_t count = std::min(kGo, gvas.size() - start);
+        u64 differ = 0;
+        for (size_t n = 1; n < count; ++n) differ |= go[n] ^ go[0];
+        if (!(differ >> 21)) {
+            walk_go<F, 1, keys>(b, go, gpas + start, count);
+        } else if (!(differ >> 30)) {
+            walk_go<F, 2, keys>(b, go, gpas + start, count);
+        } else {
+            walk_go<F, F.levels, keys>(b, go, gpas + start, count);
+        }
+    }
+}
+
+template <const PagingFormat& F>
+u64 many(TableReader& tables, const PagingState& s, std::span<const u64> gvas, PageAccess a,
+         std::span<u64> gpas, BulkEffects effects) {
+    u64 root = s.cr3 & kPteAddress;
+    Bulk b{tables, s, a, effects, tables.window(root)};
+    b.root = b.window.host + (root & b.window.mask);
+    b.plan = make_plan<F>(s, a, effects == BulkEffects::kSet).within(b.window);
+    b.denied = denied_keys(s, a);
+    if (b.denied) {
+        walk_all<F, true>(b, gvas, gpas.data());
+    } else {
+        walk_all<F, false>(b, gvas, gpas.data());
+    }
+    return b.faults;
+}
+
+}  // namespace
 
 u64 walk_many(TableReader& tables, const PagingState& paging, std::span<const u64> gvas,
               PageAccess access, std::span<u64> gpas, BulkEffects effects) {
+    if (!~paging.a20_mask && tables.window(paging.cr3 & kPteAddress).host) {
+        if (paging.mode == PagingMode::k4Level) {
+            return many<kFormat4Level>(tables, paging, gvas, access, gpas, effects);
+        }
+        if (paging.mode == PagingMode::k5Level) {
+            return many<kFormat5Level>(tables, paging, gvas, access, gpas, effects);
+        }
+    }
     u64 faults = 0;
     for (size_t n = 0; n < gvas.size(); ++n) {
-        gpas[n] = kNoTranslation;
-        if (is_canonical(paging.mode, gvas[n])) {
-            WalkResult r = effects == BulkEffects::kSet
-                               ? walk(tables, paging, gvas[n], access)
-                               : walk_pure(tables, paging, gvas[n], access);
-            if (r.ok()) gpas[n] = r.page.gpa;
-        }
+        gpas[n] = walk_one(tables, paging, gvas[n], access, effects);
         faults += gpas[n] == kNoTranslation;
     }
     return faults;

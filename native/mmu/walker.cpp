@@ -1,6 +1,6 @@
 #include "mmu/walker.hpp"
 
-#include "mmu/walk_generic.hpp"
+#include "mmu/walk_fast.hpp"
 
 namespace polyvisor {
 
@@ -34,17 +34,97 @@ PagingState make_paging_state(const PagingRegisters& r) {
     return s;
 }
 
+void TableReader::find_window(u64 table) {
+    window_ = {};
+    const GuestMemory::Region* region = memory_.find(Gpa(table));
+    if (!region) return;
+    u64 first = region->start.value, size = kPageSize;
+    // The first larger block that leaves the region ends it: the next ones are larger yet.
+    auto inside = [&](u64 bytes) {
+        u64 start = align_down(table, bytes);
+        return start >= first && start - first <= region->size - bytes;
+    };
+    while (size <= region->size / 2 && inside(size * 2)) size *= 2;
+    window_.start = align_down(table, size);
+    window_.host = region->host(window_.start);
+    window_.mask = (size - 1) & ~kPageMask;
+    window_.outside = (kPteAddress & ~window_.mask & ~window_.start) | kPtePageSize;
+}
+
+namespace mmu_detail {
+namespace {
+
+/// The common case in tables of any kind; false: walk_generic.hpp must say.
+template <const PagingFormat& F, bool sets>
+[[gnu::noinline]] bool walk_any_place(TableReader& tables, const PagingState& s, u64 gva,
+                                      PageAccess a, WalkResult& result) {
+    Followed f;
+    if (!follow<F>(s, gva, [&](u64 address) { return tables.entry(address); }, f)) return false;
+    const Plan plan = make_plan<F>(s, a, sets);
+    if (f.wrong(plan)) return false;
+    describe<F>(s, plan, f, result.page);
+    return keys_allow(s, a, result.page);
+}
+
+/// The same for what is most common.
+template <const PagingFormat& F, bool sets>
+PV_INLINE bool walk_window(TableReader& tables, const PagingState& s, u64 gva, PageAccess a,
+                           WalkResult& result) {
+    u64 root = s.cr3 & kPteAddress;
+    const TableWindow& window = tables.window(root);
+    if (PV_UNLIKELY(!window.host)) return false;
+    const Plan plan = make_plan<F>(s, a, sets);
+    const Followed f = follow_window<F>(window, window.host + (root & window.mask), gva);
+    if (PV_UNLIKELY(f.wrong(plan.within(window)))) {
+        return walk_any_place<F, sets>(tables, s, gva, a, result);
+    }
+    describe<F>(s, plan, f, result.page);
+    return keys_allow(s, a, result.page);
+}
+
+template <bool sets>
+PV_INLINE bool walk_fast(TableReader& tables, const PagingState& s, u64 gva, PageAccess a,
+                         WalkResult& result) {
+    if (PV_UNLIKELY(~s.a20_mask)) return false;
+    if (PV_LIKELY(s.mode == PagingMode::k4Level)) {
+        return walk_window<kFormat4Level, sets>(tables, s, gva, a, result);
+    }
+    switch (s.mode) {
+        case PagingMode::k5Level:
+            return walk_window<kFormat5Level, sets>(tables, s, gva, a, result);
+        case PagingMode::kPae:
+            return walk_any_place<kFormatPae, sets>(tables, s, gva, a, result);
+        case PagingMode::k32Bit:
+            return walk_any_place<kFormat32Bit, sets>(tables, s, gva, a, result);
+        default:
+            return false;
+    }
+}
+
+template <Effects effects>
+[[gnu::noinline]] void walk_slow(TableReader& tables, const PagingState& s, u64 gva, PageAccess a,
+                                 WalkResult& result) {
+    FlatLoader loader{tables};
+    walk_any<effects>(loader, s, gva, a, result);
+}
+
+}  // namespace
+}  // namespace mmu_detail
+
+// One variable is returned from both paths, so that it is made where the caller wants it.
 WalkResult walk(TableReader& tables, const PagingState& paging, u64 gva, PageAccess access) {
     WalkResult result;
-    mmu_detail::FlatLoader loader{tables};
-    mmu_detail::walk_any<Effects::kSetBits>(loader, paging, gva, access, result);
+    if (PV_UNLIKELY(!mmu_detail::walk_fast<true>(tables, paging, gva, access, result))) {
+        mmu_detail::walk_slow<Effects::kSetBits>(tables, paging, gva, access, result);
+    }
     return result;
 }
 
 WalkResult walk_pure(TableReader& tables, const PagingState& paging, u64 gva, PageAccess access) {
     WalkResult result;
-    mmu_detail::FlatLoader loader{tables};
-    mmu_detail::walk_any<Effects::kNone>(loader, paging, gva, access, result);
+    if (PV_UNLIKELY(!mmu_detail::walk_fast<false>(tables, paging, gva, access, result))) {
+        mmu_detail::walk_slow<Effects::kNone>(tables, paging, gva, access, result);
+    }
     return result;
 }
 

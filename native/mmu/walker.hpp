@@ -38,8 +38,19 @@ struct WalkResult {
     bool ok() const { return !fault; }
 };
 
-/// Where a walk reads its tables: guest memory, remembering the last region. A nested walk will
-/// have a reader of its own that translates table addresses first.
+/// A naturally aligned power of two of a region: what of it a table's address can be masked with.
+struct TableWindow {
+    const u8* host = nullptr;  ///< of `start`
+    u64 start = 0;
+    u64 mask = 0;               ///< address bits within the window, without those within a page
+    u64 outside = kPteAddress;  ///< bits that no entry with a table in the window has: those of
+                                ///< the address that are zero in all of the window, and PS
+    bool holds(u64 address) const {
+        return !((address & outside) | (~address & start)) && host != nullptr;
+    }
+};
+
+/// Where a walk reads its tables: memory, remembering the region last used.
 class TableReader {
   public:
     explicit TableReader(GuestMemory& memory) : memory_(memory) {}
@@ -61,11 +72,19 @@ class TableReader {
         if (traps & kPageDirtyTrack) hint_->note_first_store(gpa);
         memory_.recheck_code(Gpa(gpa), size);
     }
+    /// The largest window around a table: without host address when the table is not in memory.
+    const TableWindow& window(u64 table) {
+        if (PV_UNLIKELY(!window_.holds(table))) find_window(table);
+        return window_;
+    }
     GuestMemory& memory() { return memory_; }
 
   private:
+    void find_window(u64 table);
+
     GuestMemory& memory_;
     const GuestMemory::Region* hint_ = nullptr;
+    TableWindow window_;
 };
 
 /// Translates, setting A/D bits. Mode kNone: identity.

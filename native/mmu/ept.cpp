@@ -62,8 +62,9 @@ Outcome ept_once(TableReader& tables, const EptState& ept, u64 gpa, EptAccess a,
         result.qualification = qualify(ept, a, rights);
         return Outcome::kDone;
     };
-    // With A/D bits on, a guest's table is read for a possible write (SDM 3C, 29.3.5).
-    if (a.guest_table && ept.access_dirty) a.read = a.write = true;
+    // With A/D bits on, a guest's table is read for a possible write (SDM 3C, 29.3.5). A probing
+    // walk asks for nothing, here either.
+    if (a.guest_table && a.read && ept.access_dirty) a.write = true;
     // Four levels translate 48 bits, and any above them are a violation (SDM 3C, 29.3.2).
     if (gpa >> (format.levels == 5 ? 57 : 48)) return violation(0);
 

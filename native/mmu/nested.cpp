@@ -50,7 +50,7 @@ bool translate_second(TableReader& tables, const EptState& ept, u64 gpa, const S
                      .write = a.write,
                      .fetch = a.fetch,
                      .user = a.user_page,
-                     .guest_table = a.guest_table && a.read};
+                     .guest_table = a.guest_table};
     EptResult r;
     if constexpr (effects == Effects::kTrace) {
         WalkTrace entries;

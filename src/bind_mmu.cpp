@@ -17,43 +17,36 @@ std::string hex(u64 value) {
 }
 
 /// What loading CR3 does in PAE mode: the four PDPTEs come from memory, through the second
-/// dimension if there is one, and reserved bits are refused (SDM 3A, 4.4.1).
-Pdptes load_pdptes(const std::shared_ptr<GuestMemory>& memory, const PagingState& paging,
-                   const std::optional<SecondDimension>& second) {
-    u64 table = paging.cr3 & 0xffff'ffe0;
-    u64 at = table;
+/// dimension if there is one (SDM 3A, 4.4.1).
+Pdptes load_pdptes(const std::string& field, const std::shared_ptr<GuestMemory>& memory,
+                   const PagingState& paging, const std::optional<SecondDimension>& second) {
+    u64 at = paging.cr3 & 0xffff'ffe0;
+    auto fail = [&](const std::string& what) -> ConfigError {
+        return {field, field + " " + hex(paging.cr3) + " of PAE paging points to PDPTEs " + what +
+                           "; check it" + (field == "cr3" ? ", or give them with pdpte=" : "")};
+    };
     if (second) {
         // With paging off a guest-physical address is translated by the second dimension alone.
         PagingState identity;
         identity.physical_mask = paging.physical_mask;
-        auto host = AddressSpace(memory, identity, second).translate(table);
-        if (!host) {
-            throw ConfigError("cr3", "CR3 " + hex(paging.cr3) +
-                                         " of PAE paging is not mapped by the second dimension; "
-                                         "give the PDPTE registers with pdpte=");
-        }
+        auto host = AddressSpace(memory, identity, second).translate(at);
+        if (!host) throw fail("that the second dimension does not map");
         at = *host;
     }
-    Pdptes result{};
-    for (unsigned n = 0; n < 4; ++n) {
-        u64 address = at + n * 8;
-        if (memory->span(Gpa(address), 8).empty()) {
-            throw ConfigError("cr3", "PDPTE " + std::to_string(n) + " of CR3 " + hex(paging.cr3) +
-                                         " is at " + hex(address) +
-                                         ", outside memory; check cr3, or give the PDPTE "
-                                         "registers with pdpte=");
-        }
-        result[n] = memory->load<u64>(Gpa(address));
-    }
-    return result;
+    if (memory->span(Gpa(at), 32).empty()) throw fail("at " + hex(at) + ", outside memory");
+    return memory->load<Pdptes>(Gpa(at));
 }
 
-void check_pdptes(const Pdptes& pdptes, const PagingState& paging) {
+/// Refuses reserved bits, as loading CR3 does.
+void set_pdptes(const std::string& field, PagingState& paging, const Pdptes& pdptes) {
     for (unsigned n = 0; n < 4; ++n) {
-        if (pdpte_valid(pdptes[n], paging.physical_mask)) continue;
-        throw ConfigError("pdpte", "PDPTE " + std::to_string(n) + " is " + hex(pdptes[n]) +
-                                       ", which has reserved bits set: loading CR3 " +
-                                       hex(paging.cr3) + " is #GP; check cr3 and maxphyaddr");
+        if (!pdpte_valid(pdptes[n], paging.physical_mask)) {
+            throw ConfigError("pdpte", "PDPTE " + std::to_string(n) + " of " + field + " " +
+                                           hex(paging.cr3) + " is " + hex(pdptes[n]) +
+                                           ", which has reserved bits set, so that loading " +
+                                           field + " is #GP; check it and maxphyaddr");
+        }
+        paging.pdpte[n] = pdptes[n];
     }
 }
 
@@ -72,12 +65,15 @@ std::shared_ptr<AddressSpace> make_address_space(std::shared_ptr<GuestMemory> me
     registers.physical_mask = physical_mask;
     registers.pages_1gb = pages_1gb;
     registers.pse36 = pse36;
+    if (second) {
+        NptState* npt = std::get_if<NptState>(&*second);
+        if (npt && npt->paging.mode == PagingMode::kPae) {
+            set_pdptes("ncr3", npt->paging, load_pdptes("ncr3", memory, npt->paging, {}));
+        }
+    }
     PagingState paging = make_paging_state(registers);
     if (paging.mode == PagingMode::kPae) {
-        Pdptes pdptes = pdpte ? *pdpte : load_pdptes(memory, paging, second);
-        check_pdptes(pdptes, paging);
-        registers.pdpte = pdptes.data();
-        paging = make_paging_state(registers);
+        set_pdptes("cr3", paging, pdpte ? *pdpte : load_pdptes("cr3", memory, paging, second));
     }
     return std::make_shared<AddressSpace>(std::move(memory), paging, std::move(second));
 }

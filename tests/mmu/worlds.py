@@ -1,0 +1,300 @@
+"""Random page tables, of every format, made so that walks get deep and go wrong in every way.
+
+What is random comes from an object with the methods of `random.Random`, so that hypothesis can hold
+the dice as well as a seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+import reference as ref
+
+from polyvisor import _native
+from polyvisor.mmu import MODES, AddressSpace, Ept, Npt
+
+PAGE = 4096
+#: Host memory: pages 0 to 15 are the guest's, 16 to 31 hold the second dimension's tables.
+LOW_PAGES = 32
+GUEST_PAGES = 16
+#: Some memory that only long addresses reach, beyond a hole.
+HIGH = 0x3F_0000_0000
+HIGH_PAGES = 2
+WIDTHS = (32, 36, 37, 39, 40, 46, 48, 51, 52)
+FORMATS = ("none", "32-bit", "pae", "4-level", "5-level")
+SECONDS = ("ept4", "ept5", "npt 32-bit", "npt pae", "npt 4-level", "npt 5-level")
+
+#: CR4 bits that change walks: PSE, PGE, SMEP, SMAP, PKE, PKS.
+CR4_CHOICES = (1 << 4, 1 << 7, 1 << 20, 1 << 21, 1 << 22, 1 << 24)
+NXE = 1 << 11
+WP = 1 << 16
+
+
+@dataclass
+class World:
+    registers: ref.Registers
+    second: ref.Ept | ref.Registers | None
+    space: AddressSpace
+    native: _native.GuestMemory
+    contents: dict[int, bytes]
+
+    def memory(self) -> ref.Memory:
+        """The model's memory, in the state that the native one has now."""
+        return ref.Memory(
+            {
+                start: bytearray(self.native.read(start, len(c)))
+                for start, c in self.contents.items()
+            }
+        )
+
+
+def new_memory() -> _native.GuestMemory:
+    return _native.GuestMemory([(0, LOW_PAGES * PAGE), (HIGH, HIGH_PAGES * PAGE)])
+
+
+def one_in(r: Random, n: int) -> bool:
+    return r.randrange(n) == 0
+
+
+def fill(r: Random, entries: list[int], size: int) -> bytes:
+    """A table page in which a few entries repeat."""
+    pattern = b"".join(entry.to_bytes(size, "little") for entry in entries)
+    return pattern * (PAGE // len(pattern))
+
+
+def frame(r: Random, pages: int, anywhere: bool) -> int:
+    """Where an entry points: mostly to a page of the tables."""
+    if anywhere and one_in(r, 3):
+        return r.getrandbits(40) << 12
+    which = r.randrange(24)
+    if which == 0:
+        return HIGH + r.randrange(HIGH_PAGES) * PAGE
+    if which == 1:
+        return r.getrandbits(40) << 12
+    return r.randrange(pages) * PAGE
+
+
+def guest_entry(r: Random, mode: str, width: int, pages: int, anywhere: bool) -> int:
+    """Of any level of the formats of SDM 3A chapter 4."""
+    if one_in(r, 64):
+        return r.getrandbits(32 if mode == "32-bit" else 64)
+    entry = frame(r, pages, anywhere) & ref.ones(width - 1, 12)
+    entry |= r.getrandbits(12) & ~0x87
+    entry |= not one_in(r, 24)
+    entry |= 0 if one_in(r, 6) else 2
+    entry |= 0 if one_in(r, 4) else 4
+    if one_in(r, 5):
+        entry |= 0x80
+        if not one_in(r, 4):  # as a large page wants it
+            entry = entry & ~ref.ones(29, 13) | r.getrandbits(1) << 12
+    if mode == "32-bit":
+        return entry & 0xFFFFFFFF
+    if one_in(r, 8):
+        entry |= 1 << 63
+    if mode != "pae" or one_in(r, 16):
+        entry |= r.getrandbits(11) << 52
+    if one_in(r, 32):
+        entry ^= 1 << r.randrange(64)
+    return entry
+
+
+def ept_entry(r: Random, level: int, levels: dict[int, list[int]], width: int) -> int:
+    """`level` is 1 for the entries that map pages of 4 KiB."""
+    if one_in(r, 64):
+        return r.getrandbits(64)
+    rights = r.getrandbits(3) if one_in(r, 8) else 7
+    entry = rights | (r.getrandbits(2) << 8) | (r.getrandbits(12) << 52)
+    if not one_in(r, 6):
+        entry |= 1 << 10
+    large = level in (2, 3) and one_in(r, 4)
+    if level == 1 or large:
+        entry |= (r.randrange(8) if one_in(r, 12) else 6) << 3 | r.getrandbits(1) << 6
+        entry |= 0x80 if large else 0
+        entry |= 0 if large else frame(r, GUEST_PAGES, False) & ref.ones(width - 1, 12)
+    else:
+        entry |= r.choice(levels[level - 1]) * PAGE
+    if one_in(r, 24):
+        entry ^= 1 << r.randrange(64)
+    return entry
+
+
+def ept_tables(r: Random, top: int, width: int, variety: int) -> tuple[int, dict[int, bytes]]:
+    levels = {5: [16], 4: [17, 18], 3: [19, 20, 21], 2: [22, 23, 24, 25], 1: list(range(26, 32))}
+    pages = {
+        page: fill(r, [ept_entry(r, level, levels, width) for _ in range(variety)], 8)
+        for level, numbers in levels.items()
+        for page in numbers
+        if level <= top
+    }
+    return levels[top][0] * PAGE, pages
+
+
+def npt_tables(r: Random, mode: str, width: int, variety: int) -> tuple[int, dict[int, bytes]]:
+    """Ordinary tables: pages 16 to 23 point anywhere among 16 to 31, the rest to the guest's."""
+    size = 4 if mode == "32-bit" else 8
+    pages = {}
+    for page in range(16, 32):
+        entries = []
+        for _ in range(variety):
+            entry = guest_entry(r, mode, width, 16, False)
+            entry |= 0 if one_in(r, 8) else 4  # nested accesses are a user's
+            if page < 28 and not entry & 0x80 and not one_in(r, 8):
+                entry += min(page + 4, 28) * PAGE - (entry & 0xF000) + (entry & 0x3000)
+            entries.append(entry & (1 << size * 8) - 1)
+        pages[page] = fill(r, entries, size)
+    return (16 + r.randrange(4)) * PAGE, pages
+
+
+def pdptes(r: Random, width: int, pages: int) -> tuple[int, int, int, int]:
+    """What loading CR3 lets through."""
+
+    def one() -> int:
+        address = frame(r, pages, False) & ref.ones(width - 1, 12)
+        return address | (r.getrandbits(12) & 0xE18) | (not one_in(r, 12))
+
+    return (one(), one(), one(), one())
+
+
+def random_registers(r: Random, mode: str, pages: int) -> ref.Registers:
+    cr0, cr4, efer = MODES[mode]
+    if mode != "none":
+        cr0 = cr0 & ~WP | (WP if r.getrandbits(1) else 0)
+        cr4 &= ~(1 << 4 | 1 << 7)
+        chosen = r.getrandbits(len(CR4_CHOICES))
+        for n, bit in enumerate(CR4_CHOICES):
+            cr4 |= bit if chosen >> n & 1 else 0
+        efer = efer & ~NXE | (0 if one_in(r, 5) else NXE)
+    width = r.choice(WIDTHS)
+    return ref.Registers(
+        cr0=cr0,
+        cr3=r.randrange(pages) * PAGE | r.getrandbits(12)
+        if not one_in(r, 24)
+        else r.getrandbits(32),
+        cr4=cr4,
+        efer=efer,
+        pkru=r.getrandbits(32) & r.getrandbits(32),
+        pkrs=r.getrandbits(32) & r.getrandbits(32),
+        maxphyaddr=width,
+        pages_1gb=not one_in(r, 4),
+        pse36=not one_in(r, 4),
+        pdpte=pdptes(r, width, pages),
+    )
+
+
+def build(r: Random, native: _native.GuestMemory, mode: str, second: str, variety: int) -> World:
+    """Fills the memory with tables of a guest's `mode` below the second dimension `second` ("":
+    none), `variety` different entries in each page, and makes both models' address spaces of it."""
+    pages = GUEST_PAGES if second else LOW_PAGES
+    regs = random_registers(r, mode, pages)
+    size = 4 if mode == "32-bit" else 8
+    tables = {
+        page: fill(
+            r,
+            [guest_entry(r, mode, regs.maxphyaddr, pages, bool(second)) for _ in range(variety)],
+            size,
+        )
+        for page in range(pages)
+    }
+    dimension: ref.Ept | ref.Registers | None = None
+    ept: Ept | None = None
+    npt: Npt | None = None
+    if second.startswith("ept"):
+        width = r.choice(WIDTHS)
+        root, more = ept_tables(r, int(second[3]), width, variety)
+        dimension = ref.Ept(
+            root,
+            levels=int(second[3]),
+            access_dirty=bool(r.getrandbits(1)),
+            execute_only=not one_in(r, 3),
+            pages_2mb=not one_in(r, 4),
+            pages_1gb=not one_in(r, 4),
+            mode_based_execute=bool(r.getrandbits(1)),
+            maxphyaddr=width,
+        )
+        ept = Ept(
+            root | (dimension.levels - 1) << 3 | dimension.access_dirty << 6 | 6,
+            execute_only=dimension.execute_only,
+            pages_2mb=dimension.pages_2mb,
+            pages_1gb=dimension.pages_1gb,
+            mode_based_execute=dimension.mode_based_execute,
+            maxphyaddr=width,
+        )
+        tables |= more
+    elif second:
+        host = second.removeprefix("npt ")
+        width = r.choice(WIDTHS)
+        root, more = npt_tables(r, host, width, variety)
+        registers = ()
+        if host == "pae":  # the PDPTEs are at the root, and must be such as can be loaded
+            registers = tuple((16 + r.randrange(8)) * PAGE | (not one_in(r, 12)) for _ in range(4))
+            head = b"".join(entry.to_bytes(8, "little") for entry in registers)
+            page = root // PAGE
+            more[page] = head + more[page][32:]
+        cr0, cr4, efer = MODES[host]
+        nxe = not one_in(r, 4)
+        dimension = ref.Registers(
+            cr0=cr0,
+            cr3=root,
+            cr4=cr4,
+            efer=efer & ~NXE | (NXE if nxe else 0),
+            maxphyaddr=width,
+            pages_1gb=not one_in(r, 4),
+            pdpte=registers or (0, 0, 0, 0),
+        )
+        if host in ("32-bit", "none"):
+            dimension.efer = efer
+            nxe = True
+        npt = Npt(
+            root,
+            paging=host,  # type: ignore[arg-type]
+            nxe=nxe,
+            pages_1gb=dimension.pages_1gb,
+            maxphyaddr=width,
+        )
+        tables |= more
+    low = bytearray(LOW_PAGES * PAGE)
+    for page, data in tables.items():
+        low[page * PAGE : (page + 1) * PAGE] = data
+    contents = {0: bytes(low), HIGH: bytes(low[: HIGH_PAGES * PAGE])}
+    for start, data in contents.items():
+        native.write(start, data)
+    space = AddressSpace(
+        native,
+        cr0=regs.cr0,
+        cr3=regs.cr3,
+        cr4=regs.cr4,
+        efer=regs.efer,
+        pkru=regs.pkru,
+        pkrs=regs.pkrs,
+        maxphyaddr=regs.maxphyaddr,
+        pages_1gb=regs.pages_1gb,
+        pse36=regs.pse36,
+        pdpte=regs.pdpte,
+        ept=ept,
+        npt=npt,
+    )
+    assert space.mode == mode
+    return World(regs, dimension, space, native, contents)
+
+
+def random_address(r: Random, mode: str) -> int:
+    """Mostly one that the mode translates."""
+    gva = r.getrandbits(64)
+    if one_in(r, 32):
+        return gva
+    if mode in ("4-level", "5-level"):
+        top = 48 if mode == "4-level" else 57
+        gva &= (1 << top) - 1
+        return gva | (ref.ALL_ONES >> top << top if gva >> top - 1 else 0)
+    return gva & 0xFFFFFFFF
+
+
+def random_access(r: Random) -> ref.Access:
+    who = r.randrange(8)
+    return ref.Access(
+        r.choice(("read", "write", "execute")),
+        user=who < 4,
+        implicit=who == 4,
+        ac=bool(r.getrandbits(1)),
+    )

@@ -1,14 +1,15 @@
 """Memory images: the physical memory of a machine that is not (or no longer) there.
 
-    image = polyvisor.MemoryImage("memory.raw")
-    space = image.mmu(cr3=0x2a10000)
-    print(space.walk(0xffffffff81000000))
+image = polyvisor.MemoryImage("memory.raw")
+space = image.mmu(cr3=0x2a10000)
+print(space.walk(0xffffffff81000000))
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import stat
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +152,8 @@ def _map(path: str, writable: bool) -> mmap.mmap:
             f"cannot open the memory image {path}: {problem.strerror}", path=path, reason="open"
         ) from None
     try:
-        # Devices and pipes have no size; a folder can be opened but is none.
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise ImageError(f"the memory image {path} is a folder", path=path, reason="folder")
         size = os.lseek(descriptor, 0, os.SEEK_END)
         if size == 0:
             raise ImageError(f"the memory image {path} is empty", path=path, reason="empty")

@@ -41,6 +41,21 @@ Ctrl-] then q quits, Ctrl-] twice sends one. Exit status: 0 when the guest power
 its own when it used the debug-exit port, 1 when it crashed, 124 after --timeout, 125 when polyvisor
 failed.
 """
+_WALK_EPILOG = """
+Examples:
+
+  polyvisor walk memory.raw --cr3 0x2a10000 0xffffffff81000000
+
+  polyvisor walk memory.raw --cr3 0x2a10000 0x7ffd1000 --access write --user
+
+  polyvisor walk memory.raw --cr3 0x2a10000 --ranges --map space.svg
+
+  polyvisor walk old.raw --cr3 0x1000 --paging pae --base 0x100000 --json 0x8048000
+
+Exit status: 0 when every address can be accessed that way, 1 when one cannot (the table says why), 2
+for a command line that makes no sense (no such format or number, a CR3 that is not in the image or
+beyond --maxphyaddr), 125 when a file cannot be used.
+"""
 
 app = typer.Typer(
     name="polyvisor",
@@ -245,3 +260,64 @@ def doctor_command(json: JsonOption = False) -> Action:
     from polyvisor.cli.doctor_command import examine
 
     return lambda: examine(as_json=json)
+
+
+class Access(StrEnum):
+    """--access's choices."""
+
+    read = "read"
+    write = "write"
+    execute = "execute"
+
+
+@app.command("walk", epilog=_WALK_EPILOG)
+def walk_command(
+    image: Annotated[Path, typer.Argument(help="A raw image of physical memory.", metavar="IMAGE")],
+    cr3: Annotated[
+        str, typer.Option(help="Where the tables begin, as in register CR3.", metavar="ADDRESS")
+    ],
+    addresses: Annotated[
+        list[str] | None,
+        typer.Argument(help="Guest-virtual addresses, as 0x... or decimal.", metavar="[GVA]..."),
+    ] = None,
+    paging: Annotated[
+        str,
+        typer.Option(help="The tables' format: 32-bit, pae, 4-level or 5-level.", metavar="FORMAT"),
+    ] = "4-level",
+    access: Annotated[Access, typer.Option(help="What the address is accessed for.")] = Access.read,
+    user: Annotated[bool, typer.Option("--user", help="Access it as a user program does.")] = False,
+    ranges: Annotated[
+        bool, typer.Option("--ranges", help="List everything that is mapped, joined.")
+    ] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option("--map", help="Draw the address space: an .svg or .png.", metavar="FILE"),
+    ] = None,
+    base: Annotated[
+        str, typer.Option(help="The physical address of the image's first byte.", metavar="ADDRESS")
+    ] = "0",
+    maxphyaddr: Annotated[
+        int | None,
+        typer.Option(help="Physical address bits of the processor (46).", metavar="BITS"),
+    ] = None,
+    json: JsonOption = False,
+) -> Action:
+    """Translate virtual addresses with the page tables in a memory image, showing every step.
+
+    Changes nothing in the image.
+    """
+    from polyvisor.cli.walk_command import walk
+
+    return lambda: walk(
+        image,
+        addresses or [],
+        cr3=cr3,
+        paging=paging,
+        base=base,
+        maxphyaddr=maxphyaddr,
+        access=access.value,
+        user=user,
+        ranges=ranges,
+        picture=picture,
+        as_json=json,
+    )

@@ -99,8 +99,10 @@ WalkReport walk_both(TableReader& tables, const PagingState& paging, const Secon
     report.during_walk = result.during_walk;
 
     // What is there whatever the rights; a fault for another reason has it as its own.
+    const std::vector<NestedTrace::Step>* whole = &report.steps;
     if (!result.ok() && effects != WalkEffects::kProbe) {
         result = walk_nested_probe(tables, paging, second, gva, &trace);
+        whole = &trace.steps;
     }
     if (!result.ok()) return report;
     describe(report, result.guest);
@@ -108,7 +110,7 @@ WalkReport walk_both(TableReader& tables, const PagingState& paging, const Secon
     report.shift = result.shift;
     report.writable = result.writable;
     report.executable = result.executable;
-    report.accessed = leaf_accessed(report.steps);
+    report.accessed = leaf_accessed(*whole);
     return report;
 }
 

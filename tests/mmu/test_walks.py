@@ -149,7 +149,7 @@ def test_many_walks_are_the_manuals(mode: str, second: str) -> None:
     r = Random(f"{SEED} {mode} {second}")
     seen: Counter[str] = Counter()
     done = 0
-    wanted = max(LONG // len(COMBINATIONS), 200)
+    wanted = max(LONG // len(COMBINATIONS), 400)
     while done < wanted:
         compare(r, build(r, memory(), mode, second, 4), 20, seen)
         done += 20
@@ -158,4 +158,4 @@ def test_many_walks_are_the_manuals(mode: str, second: str) -> None:
     for what, count in seen.items():
         kinds[what.split()[0]] += count
     print(mode, second or "alone", dict(kinds))
-    assert kinds["ok"] > done // 20, kinds
+    assert kinds["ok"] > done // 40, kinds

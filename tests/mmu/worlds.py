@@ -6,6 +6,7 @@ the dice as well as a seed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
@@ -77,20 +78,20 @@ def frame(r: Random, pages: int, anywhere: bool) -> int:
 
 def guest_entry(r: Random, mode: str, width: int, pages: int, anywhere: bool) -> int:
     """Of any level of the formats of SDM 3A chapter 4."""
-    if one_in(r, 64):
+    if one_in(r, 128):
         return r.getrandbits(32 if mode == "32-bit" else 64)
     entry = frame(r, pages, anywhere) & ref.ones(width - 1, 12)
     entry |= r.getrandbits(12) & ~0x87
-    entry |= not one_in(r, 24)
+    entry |= not one_in(r, 32)
     entry |= 0 if one_in(r, 6) else 2
-    entry |= 0 if one_in(r, 4) else 4
-    if one_in(r, 5):
+    entry |= 0 if one_in(r, 6) else 4
+    if one_in(r, 8):
         entry |= 0x80
         if not one_in(r, 4):  # as a large page wants it
             entry = entry & ~ref.ones(29, 13) | r.getrandbits(1) << 12
     if mode == "32-bit":
         return entry & 0xFFFFFFFF
-    if one_in(r, 8):
+    if one_in(r, 12):
         entry |= 1 << 63
     if mode != "pae" or one_in(r, 16):
         entry |= r.getrandbits(11) << 52
@@ -99,51 +100,69 @@ def guest_entry(r: Random, mode: str, width: int, pages: int, anywhere: bool) ->
     return entry
 
 
-def ept_entry(r: Random, level: int, levels: dict[int, list[int]], width: int) -> int:
-    """`level` is 1 for the entries that map pages of 4 KiB."""
-    if one_in(r, 64):
+#: Host pages that hold the second dimension's tables of each level; 1 maps pages of 4 KiB.
+LEVELS = {5: [16], 4: [17, 18], 3: [19, 20, 21], 2: [22, 23, 24, 25], 1: list(range(26, 32))}
+
+
+def second_target(r: Random, level: int, large: bool, width: int) -> int:
+    """What an entry of the second dimension points to: the next level, or a page of the guest's.
+    Large pages begin at 0: the offset does the rest."""
+    if large:
+        return 0
+    if level > 1:
+        return r.choice(LEVELS[level - 1]) * PAGE
+    return frame(r, GUEST_PAGES, False) & ref.ones(width - 1, 12)
+
+
+def ept_entry(r: Random, level: int, ept: ref.Ept) -> int:
+    """Mostly one that is accepted, as a walk in two dimensions needs up to 35 of them."""
+    if one_in(r, 512):
         return r.getrandbits(64)
-    rights = r.getrandbits(3) if one_in(r, 8) else 7
+    rights = r.getrandbits(3) if one_in(r, 32) else 7
     entry = rights | (r.getrandbits(2) << 8) | (r.getrandbits(12) << 52)
-    if not one_in(r, 6):
+    if not one_in(r, 16):
         entry |= 1 << 10
-    large = level in (2, 3) and one_in(r, 4)
+    supported = {2: ept.pages_2mb, 3: ept.pages_1gb}.get(level, False)
+    large = level in (2, 3) and one_in(r, 6 if supported else 128)
     if level == 1 or large:
-        entry |= (r.randrange(8) if one_in(r, 12) else 6) << 3 | r.getrandbits(1) << 6
+        entry |= (r.randrange(8) if one_in(r, 64) else 6) << 3 | r.getrandbits(1) << 6
         entry |= 0x80 if large else 0
-        entry |= 0 if large else frame(r, GUEST_PAGES, False) & ref.ones(width - 1, 12)
-    else:
-        entry |= r.choice(levels[level - 1]) * PAGE
-    if one_in(r, 24):
+    entry |= second_target(r, level, large, ept.maxphyaddr)
+    if one_in(r, 128):
         entry ^= 1 << r.randrange(64)
     return entry
 
 
-def ept_tables(r: Random, top: int, width: int, variety: int) -> tuple[int, dict[int, bytes]]:
-    levels = {5: [16], 4: [17, 18], 3: [19, 20, 21], 2: [22, 23, 24, 25], 1: list(range(26, 32))}
-    pages = {
-        page: fill(r, [ept_entry(r, level, levels, width) for _ in range(variety)], 8)
-        for level, numbers in levels.items()
+def npt_entry(r: Random, level: int, host: ref.Registers) -> int:
+    if one_in(r, 512):
+        return r.getrandbits(32 if host.mode == "32-bit" else 64)
+    entry = r.getrandbits(12) & ~0x87 | (not one_in(r, 64))
+    entry |= 0 if one_in(r, 48) else 2
+    entry |= 0 if one_in(r, 48) else 4
+    supported = level == 2 or (level == 3 and host.pages_1gb)
+    large = level in (2, 3) and one_in(r, 6 if supported else 128)
+    entry |= 0x80 if large else r.getrandbits(1) << 7 if level == 1 else 0
+    entry |= second_target(r, level, large, host.maxphyaddr)
+    if host.mode == "32-bit":
+        return entry & 0xFFFFFFFF
+    if one_in(r, 32 if host.nxe else 128):
+        entry |= 1 << 63
+    if host.mode != "pae":
+        entry |= r.getrandbits(11) << 52
+    if one_in(r, 128):
+        entry ^= 1 << r.randrange(64)
+    return entry
+
+
+def second_tables(
+    r: Random, top: int, size: int, variety: int, entry: Callable[[int], int]
+) -> dict[int, bytes]:
+    return {
+        page: fill(r, [entry(level) for _ in range(variety)], size)
+        for level, numbers in LEVELS.items()
         for page in numbers
         if level <= top
     }
-    return levels[top][0] * PAGE, pages
-
-
-def npt_tables(r: Random, mode: str, width: int, variety: int) -> tuple[int, dict[int, bytes]]:
-    """Ordinary tables: pages 16 to 23 point anywhere among 16 to 31, the rest to the guest's."""
-    size = 4 if mode == "32-bit" else 8
-    pages = {}
-    for page in range(16, 32):
-        entries = []
-        for _ in range(variety):
-            entry = guest_entry(r, mode, width, 16, False)
-            entry |= 0 if one_in(r, 8) else 4  # nested accesses are a user's
-            if page < 28 and not entry & 0x80 and not one_in(r, 8):
-                entry += min(page + 4, 28) * PAGE - (entry & 0xF000) + (entry & 0x3000)
-            entries.append(entry & (1 << size * 8) - 1)
-        pages[page] = fill(r, entries, size)
-    return (16 + r.randrange(4)) * PAGE, pages
 
 
 def pdptes(r: Random, width: int, pages: int) -> tuple[int, int, int, int]:
@@ -182,6 +201,37 @@ def random_registers(r: Random, mode: str, pages: int) -> ref.Registers:
     )
 
 
+def random_ept(r: Random, levels: int) -> ref.Ept:
+    return ref.Ept(
+        LEVELS[levels][0] * PAGE,
+        levels=levels,
+        access_dirty=bool(r.getrandbits(1)),
+        execute_only=not one_in(r, 3),
+        pages_2mb=not one_in(r, 4),
+        pages_1gb=not one_in(r, 4),
+        mode_based_execute=bool(r.getrandbits(1)),
+        maxphyaddr=r.choice(WIDTHS),
+    )
+
+
+def random_host(r: Random, mode: str) -> ref.Registers:
+    """The registers of nested paging."""
+    cr0, cr4, efer = MODES[mode]
+    if mode != "32-bit" and one_in(r, 4):
+        efer &= ~NXE
+    top = {"32-bit": 2, "pae": 3, "5-level": 5}.get(mode, 4)
+    pdpte = tuple(r.choice(LEVELS[2]) * PAGE | (not one_in(r, 24)) for _ in range(4))
+    return ref.Registers(
+        cr0=cr0,
+        cr3=LEVELS[top][0] * PAGE,
+        cr4=cr4,
+        efer=efer,
+        maxphyaddr=r.choice(WIDTHS),
+        pages_1gb=not one_in(r, 4),
+        pdpte=(pdpte[0], pdpte[1], pdpte[2], pdpte[3]),
+    )
+
+
 def build(r: Random, native: _native.GuestMemory, mode: str, second: str, variety: int) -> World:
     """Fills the memory with tables of a guest's `mode` below the second dimension `second` ("":
     none), `variety` different entries in each page, and makes both models' address spaces of it."""
@@ -200,59 +250,33 @@ def build(r: Random, native: _native.GuestMemory, mode: str, second: str, variet
     ept: Ept | None = None
     npt: Npt | None = None
     if second.startswith("ept"):
-        width = r.choice(WIDTHS)
-        root, more = ept_tables(r, int(second[3]), width, variety)
-        dimension = ref.Ept(
-            root,
-            levels=int(second[3]),
-            access_dirty=bool(r.getrandbits(1)),
-            execute_only=not one_in(r, 3),
-            pages_2mb=not one_in(r, 4),
-            pages_1gb=not one_in(r, 4),
-            mode_based_execute=bool(r.getrandbits(1)),
-            maxphyaddr=width,
-        )
+        dimension = random_ept(r, int(second[3]))
         ept = Ept(
-            root | (dimension.levels - 1) << 3 | dimension.access_dirty << 6 | 6,
+            dimension.root | (dimension.levels - 1) << 3 | dimension.access_dirty << 6 | 6,
             execute_only=dimension.execute_only,
             pages_2mb=dimension.pages_2mb,
             pages_1gb=dimension.pages_1gb,
             mode_based_execute=dimension.mode_based_execute,
-            maxphyaddr=width,
+            maxphyaddr=dimension.maxphyaddr,
         )
-        tables |= more
+        known = dimension
+        tables |= second_tables(r, known.levels, 8, variety, lambda n: ept_entry(r, n, known))
     elif second:
-        host = second.removeprefix("npt ")
-        width = r.choice(WIDTHS)
-        root, more = npt_tables(r, host, width, variety)
-        registers = ()
-        if host == "pae":  # the PDPTEs are at the root, and must be such as can be loaded
-            registers = tuple((16 + r.randrange(8)) * PAGE | (not one_in(r, 12)) for _ in range(4))
-            head = b"".join(entry.to_bytes(8, "little") for entry in registers)
-            page = root // PAGE
-            more[page] = head + more[page][32:]
-        cr0, cr4, efer = MODES[host]
-        nxe = not one_in(r, 4)
-        dimension = ref.Registers(
-            cr0=cr0,
-            cr3=root,
-            cr4=cr4,
-            efer=efer & ~NXE | (NXE if nxe else 0),
-            maxphyaddr=width,
-            pages_1gb=not one_in(r, 4),
-            pdpte=registers or (0, 0, 0, 0),
-        )
-        if host in ("32-bit", "none"):
-            dimension.efer = efer
-            nxe = True
+        host = random_host(r, second.removeprefix("npt "))
+        dimension = host
         npt = Npt(
-            root,
-            paging=host,  # type: ignore[arg-type]
-            nxe=nxe,
-            pages_1gb=dimension.pages_1gb,
-            maxphyaddr=width,
+            host.cr3,
+            paging=host.mode,  # type: ignore[arg-type]
+            nxe=host.nxe,
+            pages_1gb=host.pages_1gb,
+            maxphyaddr=host.maxphyaddr,
         )
-        tables |= more
+        top = {"32-bit": 2, "pae": 2, "5-level": 5}.get(host.mode, 4)
+        size_of = 4 if host.mode == "32-bit" else 8
+        tables |= second_tables(r, top, size_of, variety, lambda n: npt_entry(r, n, host))
+        if host.mode == "pae":  # the PDPTEs lie at the root
+            head = b"".join(entry.to_bytes(8, "little") for entry in host.pdpte)
+            tables[host.cr3 // PAGE] = head + bytes(PAGE - len(head))
     low = bytearray(LOW_PAGES * PAGE)
     for page, data in tables.items():
         low[page * PAGE : (page + 1) * PAGE] = data

@@ -22,7 +22,7 @@ from worlds import FORMATS, SECONDS, World, build, new_memory, random_access, ra
 from polyvisor import _native
 
 #: Tables of the quick tests, and walks of each.
-EXAMPLES = 40
+EXAMPLES = 24
 WALKS = 12
 LONG = int(os.environ.get("POLYVISOR_MMU_WALKS", "0"))
 SEED = int(os.environ.get("POLYVISOR_MMU_SEED", "1"))

@@ -64,10 +64,11 @@ def fill(r: Random, entries: list[int], size: int) -> bytes:
     return pattern * (PAGE // len(pattern))
 
 
-def frame(r: Random, pages: int, anywhere: bool) -> int:
-    """Where an entry points: mostly to a page of the tables."""
+def frame(r: Random, pages: int, anywhere: int) -> int:
+    """Where an entry points: mostly to a page of the tables; with `anywhere` often to any address
+    of so many bits, which a second dimension translates."""
     if anywhere and one_in(r, 3):
-        return r.getrandbits(40) << 12
+        return r.getrandbits(anywhere - 12) << 12
     which = r.randrange(24)
     if which == 0:
         return HIGH + r.randrange(HIGH_PAGES) * PAGE
@@ -76,7 +77,7 @@ def frame(r: Random, pages: int, anywhere: bool) -> int:
     return r.randrange(pages) * PAGE
 
 
-def guest_entry(r: Random, mode: str, width: int, pages: int, anywhere: bool) -> int:
+def guest_entry(r: Random, mode: str, width: int, pages: int, anywhere: int) -> int:
     """Of any level of the formats of SDM 3A chapter 4."""
     if one_in(r, 128):
         return r.getrandbits(32 if mode == "32-bit" else 64)
@@ -111,7 +112,7 @@ def second_target(r: Random, level: int, large: bool, width: int) -> int:
         return 0
     if level > 1:
         return r.choice(LEVELS[level - 1]) * PAGE
-    return frame(r, GUEST_PAGES, False) & ref.ones(width - 1, 12)
+    return frame(r, GUEST_PAGES, 0) & ref.ones(width - 1, 12)
 
 
 def ept_entry(r: Random, level: int, ept: ref.Ept) -> int:
@@ -169,7 +170,7 @@ def pdptes(r: Random, width: int, pages: int) -> tuple[int, int, int, int]:
     """What loading CR3 lets through."""
 
     def one() -> int:
-        address = frame(r, pages, False) & ref.ones(width - 1, 12)
+        address = frame(r, pages, 0) & ref.ones(width - 1, 12)
         return address | (r.getrandbits(12) & 0xE18) | (not one_in(r, 12))
 
     return (one(), one(), one(), one())
@@ -238,10 +239,11 @@ def build(r: Random, native: _native.GuestMemory, mode: str, second: str, variet
     pages = GUEST_PAGES if second else LOW_PAGES
     regs = random_registers(r, mode, pages)
     size = 4 if mode == "32-bit" else 8
+    anywhere = 0 if not second else 32 if second in ("npt 32-bit", "npt pae") else 48
     tables = {
         page: fill(
             r,
-            [guest_entry(r, mode, regs.maxphyaddr, pages, bool(second)) for _ in range(variety)],
+            [guest_entry(r, mode, regs.maxphyaddr, pages, anywhere) for _ in range(variety)],
             size,
         )
         for page in range(pages)

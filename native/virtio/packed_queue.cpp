@@ -16,7 +16,9 @@ bool Queue::pop_packed(Chain& chain) {
     const u32 size = config_.size;
     u32 slot = next_avail_, seen = 0;
     bool wrapped = false;
-    begin(chain);
+    u16 id = 0;
+    Chain::Cursor at;
+    Buffer* buffers = chain.buffers_.get();
     for (bool more = true; more;) {
         if (PV_UNLIKELY(seen == size)) return broken("a chain is longer than its queue");
         const PackedDescriptor entry = copy_descriptor(&ring_[slot]);
@@ -25,17 +27,19 @@ bool Queue::pop_packed(Chain& chain) {
             slot = 0;
             wrapped = true;
         }
-        chain.id_ = entry.id;  // the last one's counts
+        id = entry.id;  // the last one's counts
         more = entry.flags & kNext;
         if (PV_UNLIKELY(entry.flags & kIndirect)) {
             if (more) return broken("an indirect descriptor that another one follows");
-            if (!add_indirect(chain, entry.address, entry.length)) return false;
-        } else if (PV_UNLIKELY(!add(chain, entry.address, entry.length, entry.flags & kWrite))) {
+            Chain::Cursor copy = at;  // so that `at` itself stays in registers
+            if (!add_indirect(copy, buffers, entry.address, entry.length)) return false;
+            at = copy;
+        } else if (PV_UNLIKELY(
+                       !add(at, buffers, entry.address, entry.length, entry.flags & kWrite))) {
             return false;
         }
     }
-    finish(chain);
-    chain.slots_ = static_cast<u16>(seen);
+    chain.finish(at, id, seen);
     next_avail_ = static_cast<u16>(slot);
     avail_wrap_ ^= wrapped;
     return true;
@@ -61,6 +65,10 @@ void Queue::push_packed(const Chain& chain, u32 written) {
         used_wrap_ = !used_wrap_;
     }
     next_used_ = static_cast<u16>(next);
+}
+
+void Queue::mark_events() {
+    memory_.find(Gpa(config_.device))->mark_dirty(config_.device, sizeof(PackedEvent));
 }
 
 bool Queue::publish_packed() {

@@ -56,6 +56,8 @@ bool Queue::configure(const QueueConfig& config) {
         used_ = reinterpret_cast<SplitUsed*>(device);
         mask_ = static_cast<u16>(size - 1);
     }
+    // Packed queues have their events apart, which are written rarely: see mark_events().
+    device_region_ = memory_.find(Gpa(packed ? config.descriptors : config.device));
     packed_ = packed;
     ready_ = true;
     return true;
@@ -115,37 +117,16 @@ bool Queue::publish() {
 
 // --- Buffers -------------------------------------------------------------------------------------
 
-void Queue::begin(Chain& chain) const {
-    chain.count_ = chain.readable_ = 0;
-    chain.readable_bytes_ = chain.writable_bytes_ = 0;
-}
-
-void Queue::finish(Chain& chain) const {
-    if (chain.writable_bytes_ == 0) chain.readable_ = chain.count_;
-}
-
-bool Queue::add(Chain& chain, u64 address, u32 length, bool write) {
-    u32& bytes = write ? chain.writable_bytes_ : chain.readable_bytes_;
-    if (write) {
-        if (chain.writable_bytes_ == 0) chain.readable_ = chain.count_;
-    } else if (PV_UNLIKELY(chain.writable_bytes_ != 0)) {
+// What add() leaves: a mistake, or a buffer that lies in another region of memory, or in several.
+bool Queue::add_slowly(Chain::Cursor& at, Buffer* buffers, u64 address, u32 length, bool write) {
+    if (!write && at.writable_bytes != 0) {
         return broken("a descriptor that the device reads stands behind one that it writes");
     }
-    if (PV_UNLIKELY(__builtin_add_overflow(bytes, length, &bytes))) {
+    if (write && at.writable_bytes == 0) at.readable = at.count;
+    u32& bytes = write ? at.writable_bytes : at.readable_bytes;
+    if (__builtin_add_overflow(bytes, length, &bytes)) {
         return broken("a chain is 4 GiB long or more");
     }
-    if (PV_LIKELY(hint_ != nullptr && address - hint_->start.value < hint_->size &&
-                  length <= hint_->size - (address - hint_->start.value) &&
-                  !(write && hint_->read_only) && chain.count_ < Chain::kMost && length != 0)) {
-        chain.buffers_[chain.count_++] = {hint_->host(address), length, address};
-        return true;
-    }
-    return add_pieces(chain, address, length);
-}
-
-// A buffer that may lie in several regions of memory, or in none.
-bool Queue::add_pieces(Chain& chain, u64 address, u32 length) {
-    const bool write = chain.writable_bytes_ != 0;
     const u64 first = address;
     for (u64 left = length; left != 0;) {
         const GuestMemory::Region* region = memory_.find(Gpa(address));
@@ -153,12 +134,16 @@ bool Queue::add_pieces(Chain& chain, u64 address, u32 length) {
             return broken("a buffer of %u bytes at 0x%llx is not in the guest's memory", length,
                           wide(first));
         }
-        if (chain.count_ == Chain::kMost) {
+        if (at.count == Chain::kMost) {
             return broken("a chain has more than %u buffers", Chain::kMost);
         }
-        u64 here = std::min(left, region->size - (address - region->start.value));
-        chain.buffers_[chain.count_++] = {region->host(address), static_cast<u32>(here), address};
-        hint_ = region;
+        const u64 here = std::min(left, region->size - (address - region->start.value));
+        buffers[at.count++] = {region->host(address), static_cast<u32>(here), address};
+        if (!region->read_only) {
+            hint_start_ = region->start.value;
+            hint_size_ = region->size;
+            hint_host_ = region->host(hint_start_);
+        }
         address += here;
         left -= here;
     }
@@ -167,7 +152,7 @@ bool Queue::add_pieces(Chain& chain, u64 address, u32 length) {
 
 // A table of descriptors outside the ring (2.7.5.3, 2.8.7). In packed queues its entries follow one
 // another; in split ones they are linked.
-bool Queue::add_indirect(Chain& chain, u64 address, u32 length) {
+bool Queue::add_indirect(Chain::Cursor& at, Buffer* buffers, u64 address, u32 length) {
     if (!indirect_) return broken("an indirect descriptor, which was not negotiated");
     if (length == 0 || length % sizeof(SplitDescriptor) != 0) {
         return broken("an indirect table of %u bytes, which is no multiple of 16", length);
@@ -184,14 +169,14 @@ bool Queue::add_indirect(Chain& chain, u64 address, u32 length) {
             PackedDescriptor entry;
             std::memcpy(&entry, table + sizeof entry * slot, sizeof entry);
             if (entry.flags & kIndirect) return broken("%s", kTableInTable);
-            if (!add(chain, entry.address, entry.length, entry.flags & kWrite)) return false;
+            if (!add(at, buffers, entry.address, entry.length, entry.flags & kWrite)) return false;
             if (++slot == entries) return true;
             continue;
         }
         SplitDescriptor entry;
         std::memcpy(&entry, table + sizeof entry * slot, sizeof entry);
         if (entry.flags & kIndirect) return broken("%s", kTableInTable);
-        if (!add(chain, entry.address, entry.length, entry.flags & kWrite)) return false;
+        if (!add(at, buffers, entry.address, entry.length, entry.flags & kWrite)) return false;
         if (!(entry.flags & kNext)) return true;
         slot = entry.next;
         if (slot >= entries) {
@@ -208,12 +193,6 @@ void Queue::mark_written(const Chain& chain, u32 written) {
         written -= here;
         if (written == 0) return;
     }
-}
-
-// Parts of the queue lie in one region each, and hold no code.
-void Queue::mark_ring(u64 gpa, u64 size) {
-    const GuestMemory::Region* region = memory_.find(Gpa(gpa));
-    region->mark_dirty(gpa, size);
 }
 
 // --- Snapshots -----------------------------------------------------------------------------------

@@ -42,12 +42,12 @@ class Chain {
 
     Chain() : buffers_(std::make_unique_for_overwrite<Buffer[]>(kMost)) {}
 
-    std::span<const Buffer> readable() const { return {buffers_.get(), readable_}; }
+    std::span<const Buffer> readable() const { return {buffers_.get(), at_.readable}; }
     std::span<const Buffer> writable() const {
-        return {buffers_.get() + readable_, count_ - readable_};
+        return {buffers_.get() + at_.readable, at_.count - at_.readable};
     }
-    u32 readable_bytes() const { return readable_bytes_; }
-    u32 writable_bytes() const { return writable_bytes_; }
+    u32 readable_bytes() const { return at_.readable_bytes; }
+    u32 writable_bytes() const { return at_.writable_bytes; }
     /// Head of a split chain, buffer id of a packed one.
     u16 id() const { return id_; }
 
@@ -59,9 +59,19 @@ class Chain {
   private:
     friend class Queue;
 
+    struct Cursor {
+        u32 count = 0, readable = 0;  // buffers; the latter counts once there is a writable one
+        u32 readable_bytes = 0, writable_bytes = 0;
+    };
+    void finish(const Cursor& at, u32 id, u32 slots) {
+        at_ = at;
+        if (at.writable_bytes == 0) at_.readable = at.count;
+        id_ = static_cast<u16>(id);
+        slots_ = static_cast<u16>(slots);
+    }
+
     std::unique_ptr<Buffer[]> buffers_;
-    u32 count_ = 0, readable_ = 0;
-    u32 readable_bytes_ = 0, writable_bytes_ = 0;
+    Cursor at_;
     u16 id_ = 0;
     u16 slots_ = 0;  // packed: descriptors it takes in the ring
 };
@@ -138,19 +148,44 @@ class Queue {
     void push_packed(const Chain& chain, u32 written);
     bool publish_split();
     bool publish_packed();
-    bool add_indirect(Chain& chain, u64 address, u32 length);
-    bool add(Chain& chain, u64 address, u32 length, bool write);
-    bool add_pieces(Chain& chain, u64 address, u32 length);
-    void begin(Chain& chain) const;
-    void finish(Chain& chain) const;
+    bool add_indirect(Chain::Cursor& at, Buffer* buffers, u64 address, u32 length);
+    // Once for every descriptor, so what is usual comes first: in the memory where the last one
+    // was, readable before writable. `at` stays in registers as long as that is so.
+    bool add(Chain::Cursor& at, Buffer* buffers, u64 address, u32 length, bool write) {
+        const u64 offset = address - hint_start_;
+        const u32 before = write ? at.writable_bytes : at.readable_bytes;
+        const u32 sum = before + length;
+        if (PV_UNLIKELY(sum < before || length == 0 || offset >= hint_size_ ||
+                        length > hint_size_ - offset || at.count >= Chain::kMost ||
+                        (!write && at.writable_bytes != 0))) {
+            Chain::Cursor copy = at;
+            const bool good = add_slowly(copy, buffers, address, length, write);
+            at = copy;
+            return good;
+        }
+        if (write) {  // (no reference to one of the two: that would put them in memory)
+            if (before == 0) at.readable = at.count;
+            at.writable_bytes = sum;
+        } else {
+            at.readable_bytes = sum;
+        }
+        buffers[at.count++] = {hint_host_ + offset, length, address};
+        return true;
+    }
+    bool add_slowly(Chain::Cursor& at, Buffer* buffers, u64 address, u32 length, bool write);
     bool descriptor_ready(u32 slot, bool wrap) const;
     void mark_written(const Chain& chain, u32 written);
-    void mark_ring(u64 gpa, u64 size);
+    // What this side of the ring writes lies in one region, and is no code.
+    void mark_ring(u64 gpa, u64 size) { device_region_->mark_dirty(gpa, size); }
+    void mark_events();
     u8* place(u64 gpa, u64 size, u64 alignment, const char* what);
     bool broken(const char* format, ...) __attribute__((format(printf, 2, 3)));
 
     GuestMemory& memory_;
-    const GuestMemory::Region* hint_ = nullptr;  // where the last buffer was
+    // The writable memory where the last buffer was.
+    u64 hint_start_ = 0, hint_size_ = 0;
+    u8* hint_host_ = nullptr;
+    const GuestMemory::Region* device_region_ = nullptr;  // of what this side of the ring writes
     QueueConfig config_;
     bool ready_ = false, packed_ = false, event_index_ = false, indirect_ = false;
     std::string error_;

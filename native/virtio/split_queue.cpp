@@ -15,8 +15,9 @@ bool Queue::pop_split(Chain& chain) {
     }
     const u32 size = config_.size;
     u32 slot = __atomic_load_n(&avail_->ring[next_avail_ & mask_], __ATOMIC_RELAXED);
-    begin(chain);
-    chain.id_ = static_cast<u16>(slot);
+    const u32 head = slot;
+    Chain::Cursor at;
+    Buffer* buffers = chain.buffers_.get();
     for (u32 seen = 1;; ++seen) {
         if (PV_UNLIKELY(slot >= size)) {
             return broken("a chain leads to descriptor %u of a queue of %u", slot, size);
@@ -26,17 +27,19 @@ bool Queue::pop_split(Chain& chain) {
             if (entry.flags & kNext) {
                 return broken("an indirect descriptor that another one follows");
             }
-            if (!add_indirect(chain, entry.address, entry.length)) return false;
+            Chain::Cursor copy = at;  // so that `at` itself stays in registers
+            if (!add_indirect(copy, buffers, entry.address, entry.length)) return false;
+            at = copy;
             break;
         }
-        if (PV_UNLIKELY(!add(chain, entry.address, entry.length, entry.flags & kWrite))) {
+        if (PV_UNLIKELY(!add(at, buffers, entry.address, entry.length, entry.flags & kWrite))) {
             return false;
         }
         if (!(entry.flags & kNext)) break;
         slot = entry.next;
         if (PV_UNLIKELY(seen == size)) return broken("a chain's descriptors lead in a circle");
     }
-    finish(chain);
+    chain.finish(at, head, 1);
     ++next_avail_;
     return true;
 }
@@ -52,11 +55,11 @@ bool Queue::publish_split() {
     published_ = next_used_;
     store(&used_->index, next_used_);
     const u32 first = before & mask_, count = static_cast<u16>(next_used_ - before);
-    if (first + count <= config_.size) {
+    if (first + count > config_.size || config_.size <= 256) {  // one page, or nearly
+        mark_ring(config_.device, split_used_bytes(config_.size));
+    } else {
         mark_ring(config_.device + 4 + u64{8} * first, u64{8} * count);
         mark_ring(config_.device, 4);
-    } else {
-        mark_ring(config_.device, split_used_bytes(config_.size));
     }
     // The marks are read-modify-writes, which keep what follows behind the index (2.7.7.2). A
     // driver that went to sleep in between would never wake up otherwise.
@@ -68,7 +71,7 @@ void Queue::disable_notify() {
     if (!ready_) return;
     if (packed_) {
         store(&device_event_->flags, u16{kEventDisable});
-        mark_ring(config_.device, sizeof(PackedEvent));
+        mark_events();
     } else if (!event_index_) {  // otherwise the event's index stays behind, which is enough
         store(&used_->flags, kNoNotify);
         mark_ring(config_.device, 2);
@@ -84,7 +87,7 @@ bool Queue::enable_notify() {
         } else {
             store(&device_event_->flags, u16{kEventEnable});
         }
-        mark_ring(config_.device, sizeof(PackedEvent));
+        mark_events();
     } else if (event_index_) {
         u16* avail_event = reinterpret_cast<u16*>(&used_->ring[config_.size]);
         store(avail_event, next_avail_);

@@ -58,6 +58,32 @@ struct Bulk {
     }
 };
 
+/// Walks the last two levels, first the one and then the other for all addresses, so that the host
+/// waits for many last entries at once. False, with nothing done, when not all of them are those of
+/// 4 KiB pages that the access may have. `table`: host address of the last table but one.
+template <const PagingFormat& F>
+bool walk_leaves(Bulk& b, const u8* table, const u64* gvas, u64* gpas, size_t count) {
+    const Plan plan = b.plan;
+    const TableWindow window = b.window;
+    const u8* leaves[kGo];
+    const u64 care = plan.tables_care | plan.tables_forbid;  // of one entry: one comparison
+    u64 wrong = 0;
+    for (size_t n = 0; n < count; ++n) {
+        u64 entry = read_entry<8>(table + entry_offset<F>(F.levels - 2, gvas[n]));
+        wrong |= (entry & care) ^ plan.tables_want;
+        leaves[n] = window.host + (entry & window.mask) + entry_offset<F>(F.levels - 1, gvas[n]);
+        __builtin_prefetch(leaves[n]);
+    }
+    if (PV_UNLIKELY(wrong)) return false;
+    for (size_t n = 0; n < count; ++n) {
+        u64 leaf = read_entry<8>(leaves[n]);
+        u64 gpa = (leaf & kPteAddress) | (gvas[n] & kPageMask);
+        if (PV_UNLIKELY((leaf & plan.leaf_care) ^ plan.leaf_want)) gpa = b.one(gvas[n]);
+        gpas[n] = gpa;
+    }
+    return true;
+}
+
 /// Walks the last `rest` levels for each address, the others for all.
 template <const PagingFormat& F, unsigned rest, bool keys>
 void walk_go(Bulk& b, const u64* gvas, u64* gpas, size_t count) {
@@ -76,6 +102,9 @@ void walk_go(Bulk& b, const u64* gvas, u64* gpas, size_t count) {
     }
     Plan plan = b.plan;
     plan.all_forbid &= shared.all;
+    if constexpr (rest == 2 && !keys) {
+        if (!plan.all_forbid && walk_leaves<F>(b, first, gvas, gpas, count)) return;
+    }
     for (size_t n = 0; n < count; ++n) {
         const u64 gva = gvas[n];
         Followed f = follow_window<F, F.levels - rest>(window, first, gva);

@@ -233,11 +233,18 @@ def random_host(r: Random, mode: str) -> ref.Registers:
     )
 
 
-def build(r: Random, native: _native.GuestMemory, mode: str, second: str, variety: int) -> World:
+def build(
+    r: Random,
+    native: _native.GuestMemory,
+    mode: str,
+    second: str,
+    variety: int,
+    registers: ref.Registers | None = None,
+) -> World:
     """Fills the memory with tables of a guest's `mode` below the second dimension `second` ("":
     none), `variety` different entries in each page, and makes both models' address spaces of it."""
     pages = GUEST_PAGES if second else LOW_PAGES
-    regs = random_registers(r, mode, pages)
+    regs = registers or random_registers(r, mode, pages)
     size = 4 if mode == "32-bit" else 8
     anywhere = 0 if not second else 32 if second in ("npt 32-bit", "npt pae") else 48
     tables = {

@@ -41,50 +41,45 @@ struct Second {
     bool writable = false, executable = false, user_executable = false;
 };
 
+// No rights are asked for, as by a probing walk.
 struct WalkSecond {
     TableReader& tables;
     u64 gpa;
-    bool guest_table;
 
     Second operator()(const EptState& ept) const {
         Second result;
-        EptAccess access;
-        access.guest_table = guest_table;
         WalkTrace trace;
-        EptResult r = walk_ept_trace(tables, ept, gpa, access, trace);
-        if (!r.ok() && !guest_table) {  // pages that may only be executed are mapped, too
-            access.read = false;
-            access.fetch = true;
-            r = walk_ept_pure(tables, ept, gpa, access);
-            if (!r.ok() && ept.capabilities.mode_based_execute) {
-                access.user = true;
-                r = walk_ept_pure(tables, ept, gpa, access);
-            }
-        }
+        EptResult r = walk_ept_trace(tables, ept, gpa, {.read = false}, trace);
         result.mapped = r.ok();
         result.physical = r.hpa;
-        result.shift = r.shift;
+        result.shift = r.ok() ? r.shift : hole(trace);
         result.writable = r.writable;
         result.executable = r.executable;
-        result.user_executable =
-            ept.capabilities.mode_based_execute ? r.user_executable : r.executable;
-        if (!r.ok()) result.shift = trace.count != 0 ? trace.steps[trace.count - 1].shift : 12;
+        result.user_executable = r.user_executable;
         return result;
     }
 
     Second operator()(const NptState& npt) const {
         Second result;
+        const PagingMode mode = npt.paging.mode;
+        const unsigned width = mode == PagingMode::k5Level   ? 57
+                               : mode == PagingMode::k4Level ? 48
+                                                             : 32;
+        if (gpa >> width != 0) return result;
         WalkTrace trace;
-        // Every access is a user-mode one there (APM 2, 15.25.5). Loads of the guest's tables count
-        // as writes, but to look at them is no reason to fail.
-        WalkResult r = walk_trace(tables, npt.paging, gpa, {.user = true}, trace);
+        WalkResult r = walk_trace(tables, probing(npt.paging), gpa, {}, trace);
         result.mapped = r.ok();
         result.physical = r.page.gpa;
-        result.shift = r.page.shift;
-        result.writable = r.page.writable;
-        result.executable = result.user_executable = !r.page.nx;
-        if (!r.ok()) result.shift = trace.count != 0 ? trace.steps[trace.count - 1].shift : 12;
+        result.shift = r.ok() ? r.page.shift : hole(trace);
+        // The guest's accesses are user-mode ones there (APM 2, 15.25.5).
+        result.writable = r.page.user && r.page.writable;
+        result.executable = result.user_executable = r.page.user && !r.page.nx;
         return result;
+    }
+
+    // Log2 of what the entry that maps nothing would have mapped.
+    static u8 hole(const WalkTrace& trace) {
+        return trace.count != 0 ? trace.steps[trace.count - 1].shift : u8{12};
     }
 };
 
@@ -139,7 +134,7 @@ u64 MappingScanner::widen(u64 linear) const {
 const u8* MappingScanner::table_at(u64 address) {
     address &= paging_.a20_mask;
     if (space_.second()) {
-        Second second = std::visit(WalkSecond{tables_, address, true}, *space_.second());
+        Second second = std::visit(WalkSecond{tables_, address}, *space_.second());
         if (!second.mapped) return nullptr;
         address = second.physical;
     }
@@ -203,7 +198,7 @@ bool MappingScanner::next_piece(MappedRange& page) {
             return false;
         }
         --budget;
-        Second second = std::visit(WalkSecond{tables_, leaf_.physical, false}, *space_.second());
+        Second second = std::visit(WalkSecond{tables_, leaf_.physical}, *space_.second());
         const u64 whole = bit(second.shift);
         const u64 size = std::min(leaf_.size, whole - (leaf_.physical & (whole - 1)));
         page = leaf_;

@@ -16,8 +16,10 @@ template <class T>
 void store(T* to, T value) {
     __atomic_store_n(to, value, __ATOMIC_RELEASE);
 }
+// As a full fence does on x86: what comes after is not before. (ThreadSanitizer knows no fences.)
 void fence() {
-    std::atomic_thread_fence(std::memory_order_seq_cst);
+    std::atomic<u32> word{0};
+    word.fetch_add(1);
 }
 
 }  // namespace

@@ -18,28 +18,6 @@ using namespace mmu_detail;
     return r.ok() ? r.page.gpa : kNoTranslation;
 }
 
-/// Not zero for addresses that are not canonical.
-template <const PagingFormat& F>
-PV_INLINE u64 not_canonical(u64 gva) {
-    constexpr unsigned kWidth = F.level[0].shift + 9;
-    return (gva + bit(kWidth - 1)) >> kWidth;
-}
-
-/// One bit for each protection key of user pages and, from bit 16, of supervisor pages: whether it
-/// forbids the access.
-u32 denied_keys(const PagingState& s, PageAccess a) {
-    u32 denied = 0;
-    for (unsigned key = 0; key < 16 && !a.fetch; ++key) {
-        if (key_denies(s, true, a.user, a.write, key)) denied |= 1u << key;
-        if (key_denies(s, false, a.user, a.write, key)) denied |= 0x1'0000u << key;
-    }
-    return denied;
-}
-
-/// Addresses in one go. Those of a go tend to lie close together: what they share of the walk, at
-/// most all but the last level, is walked once.
-constexpr size_t kGo = 64;
-
 struct Bulk {
     TableReader& tables;
     const PagingState& paging;
@@ -129,8 +107,7 @@ void walk_all(Bulk& b, std::span<const u64> gvas, u64* gpas) {
     for (size_t start = 0; start < gvas.size(); start += kGo) {
         const u64* go = gvas.data() + start;
         size_t count = std::min(kGo, gvas.size() - start);
-        u64 differ = 0;
-        for (size_t n = 1; n < count; ++n) differ |= go[n] ^ go[0];
+        u64 differ = differing_bits(go, count);
         if (!(differ >> 21)) {
             walk_go<F, 1, keys>(b, go, gpas + start, count);
         } else if (!(differ >> 30)) {
@@ -173,23 +150,6 @@ u64 walk_many(TableReader& tables, const PagingState& paging, std::span<const u6
     for (size_t n = 0; n < gvas.size(); ++n) {
         gpas[n] = walk_one(tables, paging, gvas[n], access, effects);
         faults += gpas[n] == kNoTranslation;
-    }
-    return faults;
-}
-
-u64 walk_many_nested(TableReader& tables, const PagingState& guest, const SecondDimension& second,
-                     std::span<const u64> gvas, PageAccess access, std::span<u64> hpas,
-                     BulkEffects effects) {
-    u64 faults = 0;
-    for (size_t n = 0; n < gvas.size(); ++n) {
-        hpas[n] = kNoTranslation;
-        if (is_canonical(guest.mode, gvas[n])) {
-            NestedResult r = effects == BulkEffects::kSet
-                                 ? walk_nested(tables, guest, second, gvas[n], access)
-                                 : walk_nested_pure(tables, guest, second, gvas[n], access);
-            if (r.ok()) hpas[n] = r.hpa;
-        }
-        faults += hpas[n] == kNoTranslation;
     }
     return faults;
 }

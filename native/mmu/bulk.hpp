@@ -18,7 +18,8 @@ enum class BulkEffects : u8 {
 };
 
 /// Translates each of `gvas` as walk() or walk_pure() does, after checking that it is canonical.
-/// `gpas` has the same size; addresses that fault get kNoTranslation. Returns how many faulted.
+/// `gpas` has the same size and does not overlap `gvas`; addresses that fault get kNoTranslation.
+/// Returns how many faulted.
 u64 walk_many(TableReader& tables, const PagingState& paging, std::span<const u64> gvas,
               PageAccess access, std::span<u64> gpas, BulkEffects effects = BulkEffects::kNone);
 

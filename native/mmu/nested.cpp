@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "mmu/walk_generic.hpp"
+#include "mmu/nested_fast.hpp"
 
 namespace polyvisor {
 namespace {
@@ -144,6 +144,38 @@ NestedResult nested(TableReader& tables, const PagingState& guest, const Second&
     return result;
 }
 
+/// The common case; false: nested() must say.
+template <bool sets, class Second>
+[[gnu::noinline]] bool nested_fast(TableReader& tables, const PagingState& guest,
+                                   const Second& second, u64 gva, PageAccess a,
+                                   NestedResult& result) {
+    constexpr bool kEpt = std::is_same_v<Second, EptState>;
+    const SecondPlans plans = plan_second(tables, second, a, sets);
+    if (!nested_common(guest, plans)) return false;
+    Followed f, last;
+    if (!follow_nested<kEpt>(tables, guest, plans, gva, f, last)) return false;
+    const Plan plan = make_plan<kFormat4Level>(guest, a, sets);
+    if (f.wrong(plan)) return false;
+    describe<kFormat4Level>(guest, plan, f, result.guest);
+    if (!keys_allow(guest, a, result.guest)) return false;
+    u64 all = last.all & last.leaf;
+    result.hpa = last.address;
+    result.shift = std::min(f.shift, last.shift);
+    result.writable = result.guest.writable && (all & (kEpt ? u64{kEpteWrite} : kPteWritable));
+    result.executable =
+        !result.guest.nx && (kEpt ? all & kEpteExecute : !((last.any | last.leaf) & kPteNoExecute));
+    return true;
+}
+
+template <bool sets>
+PV_INLINE bool nested_fast(TableReader& tables, const PagingState& guest,
+                           const SecondDimension& second, u64 gva, PageAccess a,
+                           NestedResult& result) {
+    const EptState* ept = std::get_if<EptState>(&second);
+    return ept ? nested_fast<sets>(tables, guest, *ept, gva, a, result)
+               : nested_fast<sets>(tables, guest, *std::get_if<NptState>(&second), gva, a, result);
+}
+
 template <Effects effects>
 NestedResult nested_any(TableReader& tables, const PagingState& guest,
                         const SecondDimension& second, u64 gva, PageAccess access,
@@ -165,15 +197,24 @@ NestedResult nested_any(TableReader& tables, const PagingState& guest,
 
 NestedResult walk_nested(TableReader& tables, const PagingState& guest,
                          const SecondDimension& second, u64 gva, PageAccess access) {
-    return nested_any<Effects::kSetBits>(tables, guest, second, gva, access);
+    NestedResult result;
+    if (PV_UNLIKELY(!nested_fast<true>(tables, guest, second, gva, access, result))) {
+        result = nested_any<Effects::kSetBits>(tables, guest, second, gva, access);
+    }
+    return result;
 }
 
 NestedResult walk_nested_pure(TableReader& tables, const PagingState& guest,
                               const SecondDimension& second, u64 gva, PageAccess access,
                               NestedTrace* trace) {
-    if (!trace) return nested_any<Effects::kNone>(tables, guest, second, gva, access);
-    trace->steps.clear();
-    return nested_any<Effects::kTrace>(tables, guest, second, gva, access, trace);
+    NestedResult result;
+    if (trace) {
+        trace->steps.clear();
+        result = nested_any<Effects::kTrace>(tables, guest, second, gva, access, trace);
+    } else if (PV_UNLIKELY(!nested_fast<false>(tables, guest, second, gva, access, result))) {
+        result = nested_any<Effects::kNone>(tables, guest, second, gva, access);
+    }
+    return result;
 }
 
 NestedResult walk_nested_probe(TableReader& tables, const PagingState& guest,

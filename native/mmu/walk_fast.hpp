@@ -164,4 +164,33 @@ PV_INLINE bool keys_allow(const PagingState& s, PageAccess a, Translation& page)
     return a.fetch || !key_denies(s, page.user, a.user, a.write, page.key);
 }
 
+/// Not zero for addresses that are not canonical.
+template <const PagingFormat& F>
+PV_INLINE u64 not_canonical(u64 gva) {
+    constexpr unsigned kWidth = F.level[0].shift + 9;
+    return (gva + bit(kWidth - 1)) >> kWidth;
+}
+
+/// One bit for each protection key of user pages and, from bit 16, of supervisor pages: whether it
+/// forbids the access.
+inline u32 denied_keys(const PagingState& s, PageAccess a) {
+    u32 denied = 0;
+    for (unsigned key = 0; key < 16 && !a.fetch; ++key) {
+        if (key_denies(s, true, a.user, a.write, key)) denied |= 1u << key;
+        if (key_denies(s, false, a.user, a.write, key)) denied |= 0x1'0000u << key;
+    }
+    return denied;
+}
+
+/// Addresses in one go. Those of a go tend to lie close together: what they share of the walk, at
+/// most all but the last level, is walked once.
+constexpr size_t kGo = 64;
+
+/// Address bits that are not the same in all of the addresses (at least one).
+PV_INLINE u64 differing_bits(const u64* gvas, size_t count) {
+    u64 differ = 0;
+    for (size_t n = 1; n < count; ++n) differ |= gvas[n] ^ gvas[0];
+    return differ;
+}
+
 }  // namespace polyvisor::mmu_detail

@@ -23,7 +23,7 @@ using namespace polyvisor;
 namespace {
 
 constexpr u64 kRam = 8 << 20, kRom = 16 << 20, kRomSize = 4 * kPageSize;
-constexpr u64 kPool = 16, kPoolPages = 20;  // frames that serve as tables, and as data at times
+constexpr u64 kPool = 16, kPoolPages = 24;  // frames that serve as tables, and as data at times
 constexpr unsigned kAddresses = 32;
 
 /// What a walk says of an address, whoever asks.
@@ -77,9 +77,6 @@ class RandomGuest {
     RandomGuest(u64 seed, u32 max_pages)
         : r_(seed), shadow_(memory_, host_, {.max_pages = max_pages}), reader_(memory_) {
         max_pages_ = std::max(max_pages, 32u);
-        for (u64 n = kPool; n < kPool + kPoolPages; ++n) {
-            for (int i = 0; i < 16; ++i) edit(n << 12, false);
-        }
         load(true);
     }
 
@@ -113,15 +110,29 @@ class RandomGuest {
 
     u64 random_index() { return r_.pick<u64>({0, 0, 0, 1, 1, 5, narrow() ? 0x3ffu : 0x1ffu}); }
 
-    u64 random_entry() {
+    /// Frames of the pool serve as tables of level 5, 4, 3, 2 (four each) and 1, mostly.
+    static u64 level_of(u64 page) {
+        u64 n = (page >> 12) - kPool;
+        return n >= 16 ? 1 : 5 - n / 4;
+    }
+    u64 table_frame(u64 level) {
+        return kPool +
+               (level == 1 ? 16 + r_.below(kPoolPages - 16) : 4 * (5 - level) + r_.below(4));
+    }
+
+    u64 random_entry(u64 page) {
         u64 e = r_.next() & (kPteAccessed | kPteDirty | kPteGlobal | kPteWriteThrough);
         if (!r_.one_in(30)) e |= kPtePresent;
         if (!r_.one_in(8)) e |= kPteWritable;
         if (!r_.one_in(8)) e |= kPteUser;
-        u64 frame = kPool + r_.below(kPoolPages);
-        if (r_.one_in(6)) frame = 64 + r_.below(16);
-        if (r_.one_in(30)) frame = (kRom >> 12) + r_.below(8);  // some of it beyond the ROM
-        if (r_.one_in(12)) {
+        // Mostly a table of the next level, from the last level a table (as data) or other memory;
+        // now and then anything, so that there are cycles and tables of several levels at once.
+        u64 level = level_of(page);
+        u64 frame = level == 1 ? table_frame(1) : table_frame(level - 1);
+        if (level == 1 ? r_.one_in(2) : r_.one_in(30)) frame = 64 + r_.below(16);
+        if (r_.one_in(24)) frame = kPool + r_.below(kPoolPages);
+        if (r_.one_in(60)) frame = (kRom >> 12) + r_.below(8);  // some of it beyond the ROM
+        if (r_.one_in(level == 2 || level == 3 ? 10 : 200)) {
             e |= kPtePageSize;
             if (!r_.one_in(4)) frame = u64{r_.below(5)} << 9;  // some of it beyond the RAM
             if (!r_.one_in(4)) frame &= ~u64{narrow() ? 0x3ffu : 0x1ffu};
@@ -139,11 +150,12 @@ class RandomGuest {
     void edit(u64 page, bool told) {
         u64 size = narrow() ? 4 : 8;
         u64 gpa = page + random_index() * size;
-        u64 value = random_entry();
+        u64 value = random_entry(page);
         if (r_.one_in(3)) {
             value = memory_.load<u64>(Gpa(align_down(gpa, 8)));
             if (gpa & 4) value >>= 32;
-            value ^= r_.pick<u64>({kPteWritable, kPteUser, kPtePresent, kPteAccessed, kPteDirty});
+            value ^= r_.pick<u64>({kPteWritable, kPteUser, kPteAccessed, kPteDirty});
+            if (r_.one_in(12)) value ^= kPtePresent;
         }
         if (narrow()) {
             memory_.store(Gpa(gpa), static_cast<u32>(value));
@@ -229,14 +241,19 @@ class RandomGuest {
         regs.pages_1gb = true;
         if (new_mode && r_.one_in(8)) regs.a20_mask = ~bit(20);
         if (!new_mode) regs.a20_mask = paging_.a20_mask;
-        regs.cr3 = (kPool + r_.below(6)) << 12;
+        u64 levels = wide ? (mode_ == PagingMode::k5Level ? 5 : 4) : 2;
+        regs.cr3 = (r_.one_in(8) ? kPool + r_.below(kPoolPages) : table_frame(levels)) << 12;
         u64 pdptes[4];
         for (u64& e : pdptes) {
-            e = (kPool + r_.below(kPoolPages)) << 12 | (r_.one_in(6) ? 0 : u64{kPtePresent});
+            e = table_frame(2) << 12 | (r_.one_in(6) ? 0 : u64{kPtePresent});
         }
         regs.pdpte = pdptes;
         paging_ = make_paging_state(regs);
-        if (new_mode) choose_addresses();
+        if (new_mode) {
+            choose_addresses();
+            for (u64 n = 24 * kPoolPages; n-- != 0;) edit((kPool + n / 24) << 12, false);
+            shadow_.write_tracked(kPool << 12, kPoolPages << 12);
+        }
         shadow_.load(paging_);
         host_.tlb.flush_all();
         for (unsigned n = 0; n < kAddresses; ++n) only_now(n);
@@ -393,8 +410,12 @@ class RandomGuest {
         } else if (what < 996) {
             host_.logging = false;
             host_.clean.clear();
-        } else if (what < 998) {
-            load(true);
+        } else if (what < 999 || !r_.one_in(3)) {
+            if (what == 998) {
+                load(true);
+            } else {
+                edit((kPool + r_.below(kPoolPages)) << 12, true);
+            }
         } else {
             // A page is cleared, as when it gets a new use.
             u64 page = (kPool + r_.below(kPoolPages)) << 12;
@@ -445,7 +466,7 @@ void test_random(u64 steps, u64 seed) {
     // Everything that there is to check did happen.
     for (u64 count : {hits, installed, faults, stores, devices, old, large, all.unsyncs, all.syncs,
                       all.floods, all.evictions}) {
-        CHECK(count > steps / 2000);
+        CHECK(count > steps / 10'000);
     }
 }
 

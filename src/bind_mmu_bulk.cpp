@@ -376,7 +376,7 @@ void add_buffer(GuestMemory& memory, u64 start, const py::object& buffer, std::s
 }  // namespace
 
 void bind_mmu_bulk(py::module_& module) {
-    module.def("mmu_ranges", &ranges, py::arg("space"), py::arg("type"), py::arg("start"),
+    module.def("mmu_ranges", &ranges, py::arg("space"), py::arg("item"), py::arg("start"),
                py::arg("last"), py::arg("by_rights"), py::arg("limit"), py::arg("budget"));
     module.def("mmu_find", &find, py::arg("space"), py::arg("pattern"), py::arg("start"),
                py::arg("last"), py::arg("limit"), py::arg("most"));

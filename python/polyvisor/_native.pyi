@@ -1,13 +1,14 @@
 """The C++ core as bound by src/bind_*.cpp. `polyvisor.Machine` is the interface for people."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 from typing_extensions import Buffer  # in the standard library from Python 3.12 on
 
 from polyvisor.machine import Reason, State
 
 __version__: str
+_Tuple = TypeVar("_Tuple", bound=tuple[Any, ...])
 
 @final
 class Region:
@@ -287,6 +288,10 @@ class Machine:
     @property
     def tsc_khz(self) -> int: ...
     @property
+    def physical_bits(self) -> int:
+        """Of guest-physical addresses, as the guest's CPUID says."""
+
+    @property
     def memory(self) -> GuestMemory: ...
     def dirty_log(self) -> DirtyLog: ...
     @property
@@ -356,3 +361,48 @@ def probe_kvm(path: str, measure: bool = True) -> tuple[str, str, float]:
 
 def pc_layout() -> dict[str, int]:
     """Addresses and interrupts of the board, which firmware tables have to name."""
+
+class CpuSpace:
+    """The address space of a vCPU while it stands still: what `make(state, physical address bits,
+    1 GB pages?)` returns, made again when registers may have changed."""
+
+    def __init__(
+        self, machine: Machine, index: int, make: Callable[[CpuState, int, bool], AddressSpace]
+    ) -> None: ...
+    def translate(self, gva: int, /) -> int | None:
+        """As `AddressSpace.translate`. Raises `StateMismatch` while the machine runs."""
+
+    @property
+    def space(self) -> Any: ...
+    @property
+    def index(self) -> int: ...
+
+def mmu_ranges(
+    space: AddressSpace,
+    item: type[_Tuple],
+    start: int,
+    last: int,
+    by_rights: bool,
+    limit: int,
+    budget: int,
+) -> tuple[list[_Tuple], int | None]:
+    """(ranges, where to go on). `item` is a named tuple (gva, physical, size, page_size, user,
+    writable, executable, is_global)."""
+
+def mmu_find(
+    space: AddressSpace, pattern: Buffer, start: int, last: int, limit: int, most: int
+) -> tuple[list[int], int | None]:
+    """(addresses, where to go on); looks at about `most` bytes."""
+
+def mmu_read(space: AddressSpace, gva: int, size: int) -> bytes | tuple[str, int, int]:
+    """The bytes, or (reason, gva, physical address) of the first that cannot be read. The reason is
+    "not mapped" or "no memory"."""
+
+def mmu_write(space: AddressSpace, gva: int, data: Buffer) -> tuple[str, int, int] | None:
+    """None, or as `mmu_read`; the reason may also be "read-only"."""
+
+def mmu_translate_many(space: AddressSpace, addresses: Buffer, out: Buffer) -> None: ...
+def memory_add_buffer(
+    memory: GuestMemory, start: int, buffer: Buffer, name: str, writable: bool
+) -> None:
+    """Adds a buffer as a region, where it is. Otherwise than `writable` nobody writes to it."""

@@ -25,8 +25,8 @@ class Mmu(_native.CpuSpace):
     The methods are those of `AddressSpace`, for the address space that the CPU's registers select
     at that moment (`space` is that one, as an object of its own). It is made once, and again when
     the machine has run or registers were set; the page tables themselves are read at every call.
-    While the machine runs, the registers cannot be read: `StateMismatch`. Then `at` still works, for
-    an address space whose CR3 is known.
+    While the machine runs, the registers cannot be read: `StateMismatch`. Then `at` still works,
+    for an address space whose CR3 is known.
     """
 
     def __init__(self, machine: _native.Machine, index: int) -> None:

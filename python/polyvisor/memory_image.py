@@ -18,7 +18,9 @@ from polyvisor.errors import ConfigError, HostError, ImageError
 from polyvisor.memory import Memory
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer, Self
+    from typing import Self
+
+    from typing_extensions import Buffer
 
     from polyvisor.mmu import AddressSpace, Paging
 
@@ -29,9 +31,9 @@ class MemoryImage:
     """A raw image of physical memory: byte n of it is at guest-physical address `base` + n.
 
     `source` is a file, which is mapped and not read (an image of many gigabytes opens at once and
-    only costs what is looked at), or a buffer (bytes, bytearray, mmap, a NumPy array), which is used
-    where it is, without a copy. With `writable`, what is written to it goes into the file or buffer;
-    otherwise nothing changes it.
+    only costs what is looked at), or a buffer (bytes, bytearray, mmap, a NumPy array), which is
+    used where it is, without a copy. With `writable`, what is written to it goes into the file or
+    buffer; otherwise nothing changes it.
 
     `base` must be a multiple of 4096. When the size is none, the rest of the last page reads as
     zero, and the image cannot be writable. A file must not be truncated while it is open.

@@ -1,8 +1,9 @@
 """An address space as a picture.
 
-Address spaces are nearly empty: drawn to one scale, Linux's would be three dots. So it is cut at its
-largest holes into stretches, each a row with a scale of its own; what was cut out stands between
-the rows. Where several ranges fall on one point, the one with most bytes there has its colour.
+Address spaces are nearly empty: drawn to one scale, Linux's would be three dots. So it is cut at
+its largest holes into stretches, each a row with a scale of its own; what was cut out stands
+between the rows. Where several ranges fall on one point, the one with most bytes there has its
+colour.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ class VirtualMemory:
         limit: int = 1 << 20,
         budget: int = 1 << 28,
     ) -> Ranges:
-        """Everything that is mapped from `start` up to `end` (exclusive; None: to the last address).
+        """Everything that is mapped from `start` up to `end` (exclusive; None: to the very end).
 
         At most `limit` ranges are kept and `budget` table entries looked at, which takes about a
         second: tables that refer to themselves may map far more than there is memory. `truncated`
@@ -265,8 +265,8 @@ class VirtualMemory:
             )
         if reason == "no memory":
             return MemoryFault(
-                f"cannot {what} guest-virtual address {gva:#x}: it is mapped to {physical:#x}, where "
-                "there is no memory",
+                f"cannot {what} guest-virtual address {gva:#x}: it is mapped to {physical:#x}, "
+                "where there is no memory",
                 gva=gva,
                 physical=physical,
             )

@@ -52,9 +52,9 @@ Examples:
 
   polyvisor walk old.raw --cr3 0x1000 --paging pae --base 0x100000 --json 0x8048000
 
-Exit status: 0 when every address can be accessed that way, 1 when one cannot (the table says why), 2
-for a command line that makes no sense (no such format or number, a CR3 that is not in the image or
-beyond --maxphyaddr), 125 when a file cannot be used.
+Exit status: 0 when every address can be accessed that way, 1 when one cannot (the table says why),
+2 for a command line that makes no sense (no such format or number, a CR3 that is not in the image
+or beyond --maxphyaddr), 125 when a file cannot be used.
 """
 
 app = typer.Typer(

@@ -134,12 +134,14 @@ void test_relinked_directory() {
     g.map(0x1000, 0x5000);
     u64 pte = g.entry_at(g.cr3, 0x1000, 1), table = align_down(pte, kPageSize);
     g.map(0x4000'0000, table);  // to edit it, from another directory
+    g.map(0x2000, 0x7000);
     CHECK(g.installs(0x1000, 0x5000));
     CHECK(g.installs(0x4000'0000, table, kWrite));
     g.memory.store(Gpa(pte), 0x6000 | kPage);
     u64 directory = g.memory.load<u64>(Gpa(g.entry_at(g.cr3, 0x1000, 3)));
     g.store(g.entry_at(g.cr3, 0x8000'1000, 3), directory);
-    CHECK(g.installs(0x8000'2000 - 0x1000, 0x6000));
+    CHECK(g.installs(0x8000'2000, 0x7000));  // links the directory at 2 GB
+    CHECK(!g.has(0x8000'1000, 0x5000));
     g.check();
 }
 void test_relinked_table() {

@@ -5,6 +5,7 @@
 #include "base/error.hpp"
 #include "bindings.hpp"
 #include "mmu/address_space.hpp"
+#include "mmu/bulk.hpp"
 
 namespace polyvisor::python {
 
@@ -119,6 +120,33 @@ PyObject* translate(PyObject* self, PyObject* argument) {
 
 PyMethodDef kTranslate{"translate", translate, METH_O, nullptr};
 
+/// Where each address leads, None when this access to it is refused.
+py::list access_many(const AddressSpace& space, const std::vector<u64>& gvas, bool write,
+                     bool fetch, bool user, bool implicit, bool ac, bool set_bits) {
+    std::vector<u64> physical(gvas.size());
+    PageAccess access{write, fetch, user, implicit, ac};
+    auto effects = set_bits ? BulkEffects::kSet : BulkEffects::kNone;
+    TableReader tables(space.memory());
+    {
+        py::gil_scoped_release release;
+        if (space.second()) {
+            walk_many_nested(tables, space.paging(), *space.second(), gvas, access, physical,
+                             effects);
+        } else {
+            walk_many(tables, space.paging(), gvas, access, physical, effects);
+        }
+    }
+    py::list result;
+    for (u64 address : physical) {
+        if (address == kNoTranslation) {
+            result.append(py::none());
+        } else {
+            result.append(address);
+        }
+    }
+    return result;
+}
+
 const char* fault_name(WalkReport::Fault fault) {
     switch (fault) {
         case WalkReport::kNone:
@@ -231,6 +259,9 @@ void bind_mmu(py::module_& module) {
             py::arg("gva"), py::kw_only(), py::arg("write") = false, py::arg("fetch") = false,
             py::arg("user") = false, py::arg("implicit") = false, py::arg("ac") = false,
             py::arg("set_bits") = false, py::arg("probe") = false)
+        .def("access_many", &access_many, py::arg("gvas"), py::kw_only(), py::arg("write") = false,
+             py::arg("fetch") = false, py::arg("user") = false, py::arg("implicit") = false,
+             py::arg("ac") = false, py::arg("set_bits") = false)
         .def_property_readonly("mode", [](const Space& s) { return mode_name(s.paging().mode); })
         .def_property_readonly("pdpte",
                                [](const Space& s) {

@@ -149,6 +149,19 @@ class AddressSpace:
         set_bits: bool = False,
         probe: bool = False,
     ) -> WalkReport: ...
+    def access_many(
+        self,
+        gvas: Sequence[int],
+        *,
+        write: bool = False,
+        fetch: bool = False,
+        user: bool = False,
+        implicit: bool = False,
+        ac: bool = False,
+        set_bits: bool = False,
+    ) -> list[int | None]:
+        """Where each address leads, None when this access to it is refused."""
+
     @property
     def mode(self) -> str:
         """none, 32-bit, pae, 4-level or 5-level"""

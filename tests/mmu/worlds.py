@@ -77,8 +77,11 @@ def frame(r: Random, pages: int, anywhere: int) -> int:
     return r.randrange(pages) * PAGE
 
 
-def guest_entry(r: Random, mode: str, width: int, pages: int, anywhere: int) -> int:
+def guest_entry(r: Random, mode: str, width: int, pages: int, anywhere: int, calm: bool) -> int:
     """Of any level of the formats of SDM 3A chapter 4."""
+    if calm and not one_in(r, 32):
+        rights = 3 if one_in(r, 4) else 7
+        return calm_entry(r, frame(r, pages, 0) & ref.ones(min(width, 32) - 1, 12), rights, 0xF78)
     if one_in(r, 128):
         return r.getrandbits(32 if mode == "32-bit" else 64)
     entry = frame(r, pages, anywhere) & ref.ones(width - 1, 12)
@@ -115,8 +118,16 @@ def second_target(r: Random, level: int, large: bool, width: int) -> int:
     return frame(r, GUEST_PAGES, 0) & ref.ones(width - 1, 12)
 
 
-def ept_entry(r: Random, level: int, ept: ref.Ept) -> int:
+def calm_entry(r: Random, target: int, rights: int, ignored: int) -> int:
+    """One of those that all go well, as most do in a running system."""
+    return target | rights | r.getrandbits(12) & ignored
+
+
+def ept_entry(r: Random, level: int, ept: ref.Ept, calm: bool) -> int:
     """Mostly one that is accepted, as a walk in two dimensions needs up to 35 of them."""
+    if calm and not one_in(r, 64):
+        target = second_target(r, level, False, ept.maxphyaddr)
+        return calm_entry(r, target, 0x437 if level == 1 else 0x407, 0xB00)
     if one_in(r, 512):
         return r.getrandbits(64)
     rights = r.getrandbits(3) if one_in(r, 32) else 7
@@ -134,7 +145,10 @@ def ept_entry(r: Random, level: int, ept: ref.Ept) -> int:
     return entry
 
 
-def npt_entry(r: Random, level: int, host: ref.Registers) -> int:
+def npt_entry(r: Random, level: int, host: ref.Registers, calm: bool) -> int:
+    if calm and not one_in(r, 64):
+        width = 32 if host.mode == "32-bit" else host.maxphyaddr
+        return calm_entry(r, second_target(r, level, False, width), 7, 0xF78)
     if one_in(r, 512):
         return r.getrandbits(32 if host.mode == "32-bit" else 64)
     entry = r.getrandbits(12) & ~0x87 | (not one_in(r, 64))
@@ -246,11 +260,12 @@ def build(
     pages = GUEST_PAGES if second else LOW_PAGES
     regs = registers or random_registers(r, mode, pages)
     size = 4 if mode == "32-bit" else 8
+    calm = one_in(r, 2)
     anywhere = 0 if not second else 32 if second in ("npt 32-bit", "npt pae") else 48
     tables = {
         page: fill(
             r,
-            [guest_entry(r, mode, regs.maxphyaddr, pages, anywhere) for _ in range(variety)],
+            [guest_entry(r, mode, regs.maxphyaddr, pages, anywhere, calm) for _ in range(variety)],
             size,
         )
         for page in range(pages)
@@ -269,7 +284,7 @@ def build(
             maxphyaddr=dimension.maxphyaddr,
         )
         known = dimension
-        tables |= second_tables(r, known.levels, 8, variety, lambda n: ept_entry(r, n, known))
+        tables |= second_tables(r, known.levels, 8, variety, lambda n: ept_entry(r, n, known, calm))
     elif second:
         host = random_host(r, second.removeprefix("npt "))
         dimension = host
@@ -282,7 +297,7 @@ def build(
         )
         top = {"32-bit": 2, "pae": 2, "5-level": 5}.get(host.mode, 4)
         size_of = 4 if host.mode == "32-bit" else 8
-        tables |= second_tables(r, top, size_of, variety, lambda n: npt_entry(r, n, host))
+        tables |= second_tables(r, top, size_of, variety, lambda n: npt_entry(r, n, host, calm))
         if host.mode == "pae":  # the PDPTEs lie at the root
             head = b"".join(entry.to_bytes(8, "little") for entry in host.pdpte)
             tables[host.cr3 // PAGE] = head + bytes(PAGE - len(head))

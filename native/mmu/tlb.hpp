@@ -12,7 +12,6 @@
 // less. One thread uses it.
 #pragma once
 
-#include <algorithm>
 #include <array>
 
 #include "base/types.hpp"
@@ -47,16 +46,16 @@ struct TlbPage {
 
 class Tlb {
   public:
-    Tlb() { flush_all(); }
-
     /// Where `gva` is, when that is cached and good for the use. `pcid` has 12 bits.
     bool lookup(u64 gva, u16 pcid, TlbUse use, u64& address) const {
-        u64 want = tag_of(gva, pcid, 12);
-        const Entry* set = small_[gva >> 12 & (kSmallSets - 1)].data();
-        if (PV_LIKELY(matches(set[0], want, use))) return found(set[0], gva, 12, address);
-        if (matches(set[1], want, use)) return found(set[1], gva, 12, address);
-        if (large_used_ == 0) return false;
-        return lookup_large(gva, pcid, use, address);
+        const u64 good = bit(kAllowShift + static_cast<unsigned>(use));
+        const Entry* e = &small_[gva >> 12 & (kSmall - 1)];
+        if (PV_LIKELY(hits(*e, tag_of(gva, pcid, 12), good))) return found(*e, gva, 12, address);
+        e = &large_[gva >> 21 & (kLarge - 1)];
+        if (PV_LIKELY(hits(*e, tag_of(gva, pcid, 21), good))) return found(*e, gva, 21, address);
+        if (!(large_used_ & kUses1g)) return false;
+        e = &huge_[gva >> 30 & (kHuge - 1)];
+        return hits(*e, tag_of(gva, pcid, 30), good) && found(*e, gva, 30, address);
     }
 
     /// Adds a translation, in place of what is there for the same page. Pages of 4 MiB (shift 22)
@@ -65,21 +64,16 @@ class Tlb {
         bool quad = page.shift == 22;
         u8 shift = quad ? 21 : page.shift;
         u64 address = quad ? page.address + (gva & bit(21)) : page.address;
-        auto& set = set_of(gva, shift);
         if (shift == 21) large_used_ |= kUses2m;
         if (shift == 30) large_used_ |= kUses1g;
-        Entry added{tag_of(gva, pcid, shift), (address & kAddress) |
-                                                  u64{page.allow} << kAllowShift |
-                                                  (page.global ? kGlobalShift : 0)};
-        // The other way keeps what was used last, unless it is the same page.
-        if (!same_page(set[0], added)) set[1] = set[0];
-        if (same_page(set[1], added)) set[1] = kInvalid;
-        set[0] = added;
+        place_of(gva, shift) = {tag_of(gva, pcid, shift), (address & kAddress) |
+                                                              u64{page.allow} << kAllowShift |
+                                                              (page.global ? 0 : kOnePcid)};
     }
 
     /// MOV to CR4 that changes PGE, INVPCID type 2.
     void flush_all() {
-        for_each_set([](auto& set) { set.fill(kInvalid); });
+        flush_if([](const Entry&) { return true; });
         large_used_ = 0;
     }
     /// MOV to CR3 without the no-flush bit, INVPCID type 1: the PCID's, not the global ones.
@@ -96,87 +90,68 @@ class Tlb {
     }
     /// INVLPG: the page of `gva`, whatever its size, of the PCID and global.
     void flush_page(u16 pcid, u64 gva) {
-        flush_in(set_of(gva, 12), tag_of(gva, pcid, 12));
+        flush_one(gva, pcid, 12);
         if (large_used_ & kUses2m) {  // both halves, in case that they are one page of 4 MiB
-            for (u64 half : {gva, gva ^ bit(21)}) {
-                flush_in(set_of(half, 21), tag_of(half, pcid, 21));
-            }
+            flush_one(gva, pcid, 21);
+            flush_one(gva ^ bit(21), pcid, 21);
         }
-        if (large_used_ & kUses1g) flush_in(set_of(gva, 30), tag_of(gva, pcid, 30));
+        if (large_used_ & kUses1g) flush_one(gva, pcid, 30);
     }
     /// INVPCID type 0: the page of the PCID; global ones may stay.
     void flush_page_non_global(u16 pcid, u64 gva) { flush_page(pcid, gva); }
 
   private:
+    // Direct-mapped: with two ways, which of them it is would be mispredicted half the time, and
+    // looking at both costs more than a second way saves.
+    //
     // tag: page number and, in the 12 bits that a page address leaves free, PCID.
-    // value: address in 51:12, TlbUse bits in 59:52; bits 5:0 are how far the difference of two
-    // tags is shifted before it must be zero: 12 makes a global entry blind to the PCID. An invalid
-    // entry is good for nothing.
+    // value: address in 51:12, TlbUse bits in 59:52, and bit 63 unless the page is global. An
+    // invalid entry is good for no use.
     struct Entry {
         u64 tag, value;
     };
-    using Set = std::array<Entry, 2>;
-    static constexpr unsigned kSmallSets = 512, kLargeSets = 32, kHugeSets = 4;
+    static constexpr unsigned kSmall = 1024, kLarge = 64, kHuge = 8;
     static constexpr unsigned kAllowShift = 52;
-    static constexpr u64 kAddress = 0x000f'ffff'ffff'f000, kPcid = 0xfff, kGlobalShift = 12;
-    static constexpr Entry kInvalid{0, 0};
+    static constexpr u64 kAddress = 0x000f'ffff'ffff'f000, kPcid = 0xfff, kOnePcid = bit(63);
     enum LargeUsed : u8 { kUses2m = 1, kUses1g = 2 };
 
     static u64 tag_of(u64 gva, u16 pcid, unsigned shift) { return (gva >> shift << shift) | pcid; }
-    static bool is_global(const Entry& e) { return e.value & kGlobalShift; }
-    static bool matches(const Entry& e, u64 want, TlbUse use) {
-        return ((e.tag ^ want) >> (e.value & 63)) == 0 &&
-               (e.value >> (kAllowShift + static_cast<unsigned>(use)) & 1);
+    static bool is_global(const Entry& e) { return !(e.value & kOnePcid); }
+    /// How the entry's page differs from the tag's: 0 is not at all. Global ones have any PCID.
+    static u64 difference(const Entry& e, u64 tag) {
+        u64 compared = static_cast<u64>(static_cast<s64>(e.value) >> 63) | ~kPcid;
+        return (e.tag ^ tag) & compared;
+    }
+    static bool hits(const Entry& e, u64 tag, u64 good) {
+        return (difference(e, tag) | (~e.value & good)) == 0;
     }
     static bool found(const Entry& e, u64 gva, unsigned shift, u64& address) {
         address = (e.value & kAddress) + (gva & (bit(shift) - 1));
         return true;
     }
-    static bool same_page(const Entry& a, const Entry& b) {
-        return ((a.tag ^ b.tag) >> std::max(a.value & 63, b.value & 63)) == 0;
+    Entry& place_of(u64 gva, unsigned shift) {
+        if (shift == 12) return small_[gva >> 12 & (kSmall - 1)];
+        return shift == 21 ? large_[gva >> 21 & (kLarge - 1)] : huge_[gva >> 30 & (kHuge - 1)];
     }
-    [[gnu::noinline]] bool lookup_large(u64 gva, u16 pcid, TlbUse use, u64& address) const {
-        for (const Entry& e : large_[gva >> 21 & (kLargeSets - 1)]) {
-            if (matches(e, tag_of(gva, pcid, 21), use)) return found(e, gva, 21, address);
-        }
-        if (!(large_used_ & kUses1g)) return false;
-        for (const Entry& e : huge_[gva >> 30 & (kHugeSets - 1)]) {
-            if (matches(e, tag_of(gva, pcid, 30), use)) return found(e, gva, 30, address);
-        }
-        return false;
-    }
-    Set& set_of(u64 gva, unsigned shift) {
-        if (shift == 12) return small_[gva >> 12 & (kSmallSets - 1)];
-        return shift == 21 ? large_[gva >> 21 & (kLargeSets - 1)]
-                           : huge_[gva >> 30 & (kHugeSets - 1)];
-    }
-    static void flush_in(Set& set, u64 tag) {
-        for (Entry& e : set) {
-            if (((e.tag ^ tag) >> (e.value & 63)) == 0) e = kInvalid;
-        }
-    }
-    template <class Do>
-    void for_each_set(Do what) {
-        for (Set& set : small_) what(set);
-        if (large_used_ & kUses2m) {
-            for (Set& set : large_) what(set);
-        }
-        if (large_used_ & kUses1g) {
-            for (Set& set : huge_) what(set);
-        }
+    void flush_one(u64 gva, u16 pcid, unsigned shift) {
+        Entry& e = place_of(gva, shift);
+        if (difference(e, tag_of(gva, pcid, shift)) == 0) e = {};
     }
     template <class Which>
     void flush_if(Which which) {
-        for_each_set([&](Set& set) {
-            for (Entry& e : set) {
-                if (which(e)) e = kInvalid;
+        auto flush = [which](auto& entries) {
+            for (Entry& e : entries) {
+                if (which(e)) e = {};
             }
-        });
+        };
+        flush(small_);
+        if (large_used_ & kUses2m) flush(large_);
+        if (large_used_ & kUses1g) flush(huge_);
     }
 
-    std::array<Set, kSmallSets> small_{};
-    std::array<Set, kLargeSets> large_{};
-    std::array<Set, kHugeSets> huge_{};
+    std::array<Entry, kSmall> small_{};
+    std::array<Entry, kLarge> large_{};
+    std::array<Entry, kHuge> huge_{};
     u8 large_used_ = 0;
 };
 

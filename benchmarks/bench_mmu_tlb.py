@@ -1,7 +1,8 @@
 """Claim: a hit in the tagged software TLB takes at most 2 ns, whichever of its 4 KiB pages it is.
 
-Beside it: hits in larger pages, which are looked for second and third; a lookup in shadow tables and
-a page walk, both over 1,024 pages whose tables are in the nearest cache; and filling a shadow entry.
+Beside it: hits in larger pages, which are looked for second and third; a lookup in shadow tables
+and a page walk, both over 1,024 pages whose tables are in the nearest cache; and filling a shadow
+entry.
 """
 
 from __future__ import annotations

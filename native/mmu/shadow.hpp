@@ -260,9 +260,9 @@ class ShadowMmu {
     static u64 rmap_key(u64 gpa, unsigned level) { return gpa >> level_shift(level) << 2 | level; }
     void rmap_add(u64 gpa, unsigned level, u32 entry);
     void rmap_remove(u64 gpa, unsigned level, u32 entry);
-    void rmap_drop(u64 gpa, unsigned level);
     void rmap_protect(u64 gpa, unsigned level);
     void protect_page(u64 gpa);
+    std::vector<u32> leaves_in(u64 gpa, u64 size) const;
 
     GuestMemory& memory_;
     ShadowHost& host_;

@@ -265,6 +265,18 @@ void test_unmap() {
     CHECK(!g.has(0x2000, 0x6000));
     CHECK(g.installs(0x2000, 0x7000));
     g.check();
+    // Ranges of any size and anywhere.
+    g.shadow.write_protect(0, ~u64{0});
+    CHECK(g.has(0x2000, 0x7000));
+    g.shadow.unmap(~u64{0} - 7, 8);
+    g.shadow.unmap(0x8000, ~u64{0});
+    CHECK(!g.has(0x2000, 0x7000));  // its tables were there
+    CHECK(g.installs(0x2000, 0x7000, kWrite));
+    g.shadow.write_protect(0x7fff, 1);
+    CHECK(!g.has(0x2000, 0x7000, kWrite));
+    g.shadow.unmap(0, bit(52));
+    CHECK(!g.has(0x2000, 0x7000));
+    g.check();
 }
 
 void test_dirty_log() {

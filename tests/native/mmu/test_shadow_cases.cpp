@@ -1,9 +1,12 @@
 // Shadow tables, one case each: what the random guest of test_shadow.cpp seldom or never comes to,
 // and what a table costs (faults, tracked stores, tables) rather than what it says.
+#include <algorithm>
+#include <unordered_map>
 #include <vector>
 
 #include "check.hpp"
 #include "mmu/shadow.hpp"
+#include "random.hpp"
 
 using namespace polyvisor;
 
@@ -82,6 +85,29 @@ struct Guest {
     }
     void check() { CHECK_EQ(shadow.check(), std::string()); }
 };
+
+// The index against the standard one: keys that collide, and erasing in the middle of a run.
+void test_map() {
+    pvtest::Random r(7);
+    ShadowMap map;
+    std::unordered_map<u64, u32> want;
+    for (int n = 0; n < 200'000; ++n) {
+        u64 key = r.one_in(2) ? r.below(300) : u64{r.below(300)} << r.below(50);
+        if (r.one_in(2)) {
+            u32 value = r.below(1000);
+            map.set(key, value);
+            want[key] = value;
+        } else {
+            map.erase(key);
+            want.erase(key);
+        }
+        key = r.below(300);
+        auto found = want.find(key);
+        CHECK_EQ(map.find(key), found == want.end() ? ShadowMap::kNone : found->second);
+    }
+    CHECK_EQ(map.size(), u64{want.size()});
+    for (auto [key, value] : want) CHECK_EQ(map.find(key), value);
+}
 
 void test_accessed_and_dirty() {
     Guest g;
@@ -436,6 +462,7 @@ void test_bad_tables() {
 }  // namespace
 
 int main() {
+    test_map();
     test_accessed_and_dirty();
     test_unsync();
     test_relinked_directory();

@@ -93,6 +93,8 @@ def guest_entry(r: Random, mode: str, width: int, pages: int, anywhere: int, cal
         entry |= 0x80
         if not one_in(r, 4):  # as a large page wants it
             entry = entry & ~ref.ones(29, 13) | r.getrandbits(1) << 12
+            if mode == "32-bit" and r.getrandbits(1):  # PSE-36
+                entry |= 1 << r.randrange(13, 22)
     if mode == "32-bit":
         return entry & 0xFFFFFFFF
     if one_in(r, 12):
@@ -130,15 +132,17 @@ def ept_entry(r: Random, level: int, ept: ref.Ept, calm: bool) -> int:
         return calm_entry(r, target, 0x437 if level == 1 else 0x407, 0xB00)
     if one_in(r, 512):
         return r.getrandbits(64)
-    rights = r.getrandbits(3) if one_in(r, 32) else 7
+    rights = r.getrandbits(3) if one_in(r, 16) else 7
     entry = rights | (r.getrandbits(2) << 8) | (r.getrandbits(12) << 52)
     if not one_in(r, 16):
         entry |= 1 << 10
     supported = {2: ept.pages_2mb, 3: ept.pages_1gb}.get(level, False)
-    large = level in (2, 3) and one_in(r, 6 if supported else 128)
+    large = one_in(r, 6 if supported else 48) and level > 1
     if level == 1 or large:
         entry |= (r.randrange(8) if one_in(r, 64) else 6) << 3 | r.getrandbits(1) << 6
         entry |= 0x80 if large else 0
+        if large and one_in(r, 3):
+            entry &= ~0x78  # all that is wrong with it may be that it is large
     entry |= second_target(r, level, large, ept.maxphyaddr)
     if one_in(r, 128):
         entry ^= 1 << r.randrange(64)

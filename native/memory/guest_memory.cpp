@@ -167,6 +167,7 @@ GuestMemory::Region& GuestMemory::add_mapping(Gpa start, Mapping mapping, std::s
     auto region = std::make_unique<Region>();
     region->start = start;
     region->size = mapping.size();
+    region->foreign = true;
     region->read_only = region->sealed = !writable;
     region->name = std::move(name);
     region->mapping = std::move(mapping);

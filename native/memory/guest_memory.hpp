@@ -50,6 +50,7 @@ class GuestMemory {
         Gpa start;
         u64 size = 0;
         bool read_only = false;
+        bool foreign = false;  ///< of add_mapping(): what it has been given memory for is not known
         bool sealed = false;  ///< the host may not write to it either: an image that stays as it is
         std::string name;
         OwnedFd fd;  ///< memfd, sparse until touched; none when kTransparent
@@ -138,7 +139,7 @@ class GuestMemory {
         u64 size = 0;
     };
     /// The parts that the host has given memory to; the rest is zero and costs nothing. The guest
-    /// must stand still for an exact answer.
+    /// must stand still for an exact answer. A foreign region counts as all given.
     static std::vector<Extent> touched(const Region& region);
     /// Gives a region's memory back: it reads as zero afterwards. Throws HostError.
     void discard(const Region& region);

@@ -69,6 +69,7 @@ Extents present_pages(const GuestMemory::Region& region) {
 }  // namespace
 
 std::vector<GuestMemory::Extent> GuestMemory::touched(const Region& region) {
+    if (region.foreign) return {{0, region.size}};
     return region.fd ? data_segments(region) : present_pages(region);
 }
 

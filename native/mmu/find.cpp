@@ -70,6 +70,9 @@ class Searcher {
 
 // Pages that are neighbours in both address spaces are searched as one, up to so many bytes.
 constexpr u64 kLongRun = 64 << 20;
+// What memory that was never touched reads as.
+constexpr u64 kZeros = 64 << 10;
+constexpr std::array<u8, kZeros> kZero{};
 
 class Finder {
   public:
@@ -113,21 +116,56 @@ class Finder {
                 advance(run, skip);
                 continue;
             }
-            u64 size = std::min(run.size, region->size - (run.physical - region->start.value));
-            size = std::min({size, kLongRun, options_.bytes - result_.looked});
+            const Part part = part_of(*region, run.physical - region->start.value);
+            u64 size = std::min(run.size, part.size);
+            if (part.zero && nonzero_ && size > 2 * kZeros) {
+                if (!look(run.gva, kZero.data(), kZeros)) return false;
+                advance(run, size - kZeros);  // nothing can match in between
+                size = kZeros;
+            }
+            size = std::min({size, part.zero ? kZeros : kLongRun, options_.bytes - result_.looked});
             if (size == 0) {
                 stop(run.gva);
                 return false;
             }
-            if (!searcher_.run(run.gva, {region->host(run.physical), size})) {
-                result_.complete = false;
-                result_.next = result_.matches.back() + 1;
+            if (!look(run.gva, part.zero ? kZero.data() : region->host(run.physical), size)) {
                 return false;
             }
-            result_.looked += size;
             advance(run, size);
         }
         return true;
+    }
+
+    bool look(u64 gva, const u8* bytes, u64 size) {
+        result_.looked += size;
+        if (searcher_.run(gva, {bytes, size})) return true;
+        result_.complete = false;
+        result_.next = result_.matches.back() + 1;
+        return false;
+    }
+
+    struct Part {
+        u64 size;
+        bool zero;  // the host has given no memory to it
+    };
+    // To read from memory that the guest has never touched would make the host give it: such parts
+    // are known to be zero instead.
+    Part part_of(const GuestMemory::Region& region, u64 offset) {
+        if (region_ != &region) {
+            region_ = &region;
+            extents_ = GuestMemory::touched(region);
+        }
+        auto after = std::upper_bound(
+            extents_.begin(), extents_.end(), offset,
+            [](u64 value, const GuestMemory::Extent& extent) { return value < extent.offset; });
+        if (after != extents_.begin()) {
+            const auto& extent = *std::prev(after);
+            if (offset - extent.offset < extent.size) {
+                return {extent.offset + extent.size - offset, false};
+            }
+        }
+        const u64 end = after == extents_.end() ? region.size : after->offset;
+        return {end - offset, true};
     }
 
     static void advance(MappedRange& run, u64 by) {
@@ -146,6 +184,10 @@ class Finder {
     GuestMemory& memory_;
     const FindOptions& options_;
     Bytes pattern_;
+    const bool nonzero_ = pattern_.size() <= kZeros && std::any_of(pattern_.begin(), pattern_.end(),
+                                                                   [](u8 b) { return b != 0; });
+    const GuestMemory::Region* region_ = nullptr;  // whose extents are known
+    std::vector<GuestMemory::Extent> extents_;
     FindResult result_;
     Searcher searcher_;
     MappingScanner scanner_;

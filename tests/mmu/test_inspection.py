@@ -338,6 +338,29 @@ def test_find_text_and_bad_patterns() -> None:
         space.find(b"x", -1)
 
 
+def resident() -> int:
+    """Bytes of this process that are shared memory."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssShmem:")[1].split()[0]) << 10
+
+
+def test_searching_does_not_touch_what_the_guest_has_not() -> None:
+    with Machine(memory="256M", engine="soft", hugepages="none") as machine:
+        machine.cpu(0).enter_long_mode(page_tables_at=0x10000, rip=0x1000)
+        edge = 0x8000000
+        machine.memory.write(edge - 3, b"abc")  # the last of its page: what follows is zero
+        machine.memory.write(0xC000000, b"abc\0")
+        before = resident()
+        assert machine.mmu.find(b"abc" + b"\0" * 9000) == [edge - 3, 0xC000000]
+        assert machine.mmu.find(b"\0" * 5000 + b"abc") == [edge - 5003, 0xC000000 - 5000]
+        assert machine.mmu.find(b"not there") == []
+        assert machine.mmu.find(b"\0" * 100, edge, edge + 105) == [edge + n for n in range(6)]
+        assert machine.mmu.find(b"\0" * 200_000, 0x9000000, 0x9000000 + 200_002) == [
+            0x9000000 + n for n in range(3)
+        ]
+        assert resident() - before < 8 << 20
+
+
 # --- arrays ---------------------------------------------------------------------------------------
 
 

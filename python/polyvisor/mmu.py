@@ -56,7 +56,8 @@ class AddressSpace(_native.AddressSpace, VirtualMemory):
 
     `translate(gva)` gives the address in `memory` of the byte at `gva`, whatever the rights, or
     None when there is none. Tables outside of the memory read as all ones; nothing that tables
-    hold is an error.
+    hold is an error. `access_many(gvas, write=..., fetch=..., user=..., set_bits=...)` is the same
+    of a list of addresses, for an access that needs rights: None where it is refused.
     """
 
     def __init__(

@@ -328,6 +328,72 @@ void named_cases() {
     CHECK(pdpte_valid(bit(36) | 2, bit(36) - 1));
 }
 
+// Every kind of fault: the leaf's bits beyond P and the address, the access, CR4 bits beyond PAE,
+// and the error code (0: goes through). SDM 3A 4.6 and 4.7.
+void fault_kinds() {
+    constexpr u64 kSmep = bit(20), kSmap = bit(21), kPke = bit(22), kPks = bit(24);
+    constexpr u64 kKey3 = u64{3} << 59, kNx = bit(63);
+    constexpr u32 kPrivate = 1 << 6, kNoWrite = 2 << 6;  // rights of key 3: AD, WD
+    struct Case {
+        u64 leaf;
+        PageAccess access;
+        u64 cr4;
+        u32 pkru, pkrs;
+        u32 error;
+        bool wp = true;
+    };
+    const Case cases[] = {
+        {6, {.write = true, .user = true}, 0, 0, 0, 0},
+        {2, {.user = true}, 0, 0, 0, 5},
+        {4, {.write = true, .user = true}, 0, 0, 0, 7},
+        {4, {.write = true}, 0, 0, 0, 3},
+        {4, {.write = true}, 0, 0, 0, 0, false},
+        {6 | kNx, {.fetch = true, .user = true}, 0, 0, 0, 21},
+        {6 | kNx, {.fetch = true}, 0, 0, 0, 17},
+        {6 | kNx, {.user = true}, 0, 0, 0, 0},
+        {6, {.fetch = true}, kSmep, 0, 0, 17},
+        {2, {.fetch = true}, kSmep, 0, 0, 0},
+        {6, {.fetch = true}, kSmap, 0, 0, 0},
+        {6, {}, kSmap, 0, 0, 1},
+        {6, {.ac = true}, kSmap, 0, 0, 0},
+        {6, {.implicit = true, .ac = true}, kSmap, 0, 0, 1},
+        {6, {.user = true}, kSmap | kSmep, 0, 0, 0},
+        {6 | kKey3, {.user = true}, kPke, kPrivate, 0, 37},
+        {6 | kKey3, {}, kPke, kPrivate, 0, 33},
+        {6 | kKey3, {.fetch = true, .user = true}, kPke, kPrivate, 0, 0},
+        {6 | kKey3, {.user = true}, kPke, kNoWrite, 0, 0},
+        {6 | kKey3, {.write = true, .user = true}, kPke, kNoWrite, 0, 39},
+        {6 | kKey3, {.write = true}, kPke, kNoWrite, 0, 35},
+        {6 | kKey3, {.write = true}, kPke, kNoWrite, 0, 0, false},
+        {6 | kKey3, {.write = true, .user = true}, kPke, kNoWrite, 0, 39, false},
+        {6 | kKey3, {.user = true}, kPks, kPrivate, kPrivate, 0},  // PKS: supervisor pages only
+        {2 | kKey3, {}, kPke, kPrivate, kPrivate, 0},              // PKE: user pages only
+        {2 | kKey3, {}, kPks, 0, kPrivate, 33},
+        {2 | kKey3, {.write = true}, kPks, 0, kNoWrite, 35},
+        {2 | kKey3, {.write = true}, kPks, 0, kNoWrite, 0, false},
+        {2 | kKey3, {.fetch = true}, kPks, 0, kPrivate, 0},
+        {6 | bit(45), {.user = true}, 0, 0, 0, 13},
+    };
+    for (const Case& c : cases) {
+        Tables4 t;
+        t.memory.store<u64>(Gpa(0x4028), 0x6001 | c.leaf);
+        t.r.cr4 |= c.cr4;
+        t.r.pkru = c.pkru, t.r.pkrs = c.pkrs;
+        if (!c.wp) t.r.cr0 &= ~bit(16);
+        PagingState s = make_paging_state(t.r);
+        CHECK_EQ(walk(t.tables, s, 0x5123, c.access).error, c.error);
+        // A second time with the bits set, by the way that then is the usual one.
+        WalkResult again = walk(t.tables, s, 0x5123, c.access);
+        CHECK_EQ(again.error, c.error);
+        CHECK_EQ(again.fault, c.error != 0);
+    }
+    // Keys need IA-32e paging.
+    Tables4 t;
+    t.r.cr4 |= kPke | kPks;
+    t.r.efer = bit(11);
+    CHECK(!make_paging_state(t.r).pke && !make_paging_state(t.r).pks);
+}
+
 // Setting A/D loses no bit that another CPU sets at the same moment.
 void concurrent_bits() {
     Tables4 t;
@@ -371,6 +437,7 @@ void speed() {
 
 int main() {
     named_cases();
+    fault_kinds();
     random_tables(1, 60);
     concurrent_bits();
     speed();

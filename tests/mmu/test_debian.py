@@ -177,7 +177,7 @@ def boot(engine: str, probe: bytes, look: Callable[[Machine, str], None]) -> Non
         ["sh", "-c", SCRIPT],
         engine=engine,
         memory="640M",  # Linux has no huge pages with less than 512 MiB
-        timeout=100,
+        timeout=200,
         files={"root/probe": probe},
         append="nopti transparent_hugepage=madvise",
         on_stdout=output.extend,
@@ -245,7 +245,7 @@ def check_kernel(space: AddressSpace, told: Told, dice: random.Random, count: in
         assert not found.user, where
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(280)
 def test_what_linux_says(fast_engine: str, probe: bytes) -> None:
     looked: list[str] = []
 

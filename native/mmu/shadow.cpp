@@ -18,6 +18,11 @@ bool same_machine(const PagingState& a, const PagingState& b) {
            a.pages_1gb == b.pages_1gb && a.reserved_large32 == b.reserved_large32;
 }
 
+/// Enough for what a fill needs, and few enough for names of entries in 32 bits.
+u32 page_budget(const ShadowOptions& options) {
+    return std::clamp(options.max_pages, 32u, 1u << 22);
+}
+
 u64 entry_address(u64 raw, PagingMode mode) {
     return raw & (mode == PagingMode::k32Bit ? u64{0xffff'f000} : kPteAddress);
 }
@@ -52,13 +57,12 @@ std::optional<ShadowHost::Page> HostMemory::host_page(u64 gpa, bool write, u8 sh
 }
 
 ShadowMmu::ShadowMmu(GuestMemory& memory, ShadowHost& host, ShadowOptions options)
-    : memory_(memory),
-      host_(host),
+    : host_(host),
       reader_(memory),
-      pool_(-1, 0, u64{std::max(options.max_pages, 32u)} * 2 * kPageSize),
+      pool_(-1, 0, u64{page_budget(options)} * 2 * kPageSize),
       tables_(reinterpret_cast<u64*>(pool_.data())),
-      copies_(tables_ + u64{std::max(options.max_pages, 32u)} * 512),
-      pages_(std::max(options.max_pages, 32u)) {
+      copies_(tables_ + u64{page_budget(options)} * 512),
+      pages_(page_budget(options)) {
     for (u32 n = static_cast<u32>(pages_.size()); n-- != 0;) {
         pages_[n].next = free_;
         free_ = n;

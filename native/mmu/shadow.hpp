@@ -82,8 +82,8 @@ class HostMemory : public ShadowHost {
 };
 
 struct ShadowOptions {
-    /// The most shadow tables at a time, at least 32: each costs 4 KiB and, unless it splinters a
-    /// large page, as much again.
+    /// The most shadow tables at a time, 32 to 4 million: each costs 4 KiB and, unless it splinters
+    /// a large page, as much again.
     u32 max_pages = 4096;
 };
 
@@ -264,7 +264,6 @@ class ShadowMmu {
     void protect_page(u64 gpa);
     std::vector<u32> leaves_in(u64 gpa, u64 size) const;
 
-    GuestMemory& memory_;
     ShadowHost& host_;
     TableReader reader_;
     PagingState paging_;

@@ -99,10 +99,11 @@ void ShadowMmu::zap_table(u64 gpa) {
 // ---- other tables
 
 u64 ShadowMmu::untracked_key(Kind kind, u64 gpa, u8 level, u8 rights, u16 role) {
-    // kDirect: page number (40 bits), level, rights; kTop: CR3 in 27 bits, level, role. Both fit.
+    // kDirect: page number (40 bits), rights; kTop: CR3 in 27 bits, role. Above them which, and
+    // level.
     u64 what = kind == Kind::kDirect ? (gpa >> kPageShift) << 3 | rights
-                                     : bit(62) | (gpa >> 5) << 16 | role;
-    return what << 3 >> 3 | u64{level} << 59;
+                                     : bit(58) | (gpa >> 5) << 16 | role;
+    return what | u64{level} << 59;
 }
 
 u32 ShadowMmu::get_untracked(Kind kind, u64 gpa, u8 level, u8 rights, u16 role, bool create) {

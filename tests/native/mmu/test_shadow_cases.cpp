@@ -365,6 +365,38 @@ void test_execute_only() {
     g.check();
 }
 
+// Tables without a guest table of their own do not get mixed up: no paging, and a CR3 of 0 in every
+// role there is.
+void test_identities() {
+    GuestMemory memory;
+    memory.add(Gpa(0), 1 << 20, "ram");
+    HostMemory host(memory);
+    ShadowMmu shadow(memory, host);
+    memory.store<u32>(Gpa(0), 0x1003);
+    memory.store<u32>(Gpa(0x1000 + 4 * 3), 0x5003);
+    auto at = [&](u64 gva) {
+        ShadowFault fault = shadow.fault(gva, kRead);
+        return fault.outcome == ShadowFault::kInstalled ? fault.gpa : ~u64{0};
+    };
+    auto leads_to = [&](u64 gva) {
+        return shadow.lookup(gva, kRead).address -
+               reinterpret_cast<u64>(memory.find(Gpa(0))->host(0));
+    };
+    for (u64 n = 0; n < 64; ++n) {
+        shadow.load(make_paging_state({.cr0 = bit(0)}));
+        CHECK_EQ(at(0x1000), u64{0x1000});
+        CHECK_EQ(at(0x3000), u64{0x3000});
+        CHECK_EQ(leads_to(0x3000), u64{0x3000});
+        shadow.load(make_paging_state({.cr0 = bit(0) | bit(31) | (n & 1) << 16,
+                                       .cr4 = (n & 2) << 3 | (n & 4) << 18 | (n & 16) << 17,
+                                       .efer = (n & 8) << 8}));
+        CHECK(!shadow.lookup(0x1000, kRead).ok);  // not mapped
+        CHECK_EQ(at(0x3000), u64{0x5000});
+        CHECK_EQ(leads_to(0x3000), u64{0x5000});
+        CHECK_EQ(shadow.check(), std::string());
+    }
+}
+
 // Going back to an address space costs no faults.
 void test_roots_are_kept() {
     Guest g;
@@ -474,6 +506,7 @@ int main() {
     test_dirty_log();
     test_rom();
     test_execute_only();
+    test_identities();
     test_roots_are_kept();
     test_flood();
     test_eviction();

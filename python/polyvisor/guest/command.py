@@ -33,8 +33,9 @@ DEFAULT_CMDLINE = "console=ttyS0 quiet panic=-1 cryptomgr.notests tsc=reliable"
 
 _PANIC = "Kernel panic - not syncing:"
 _PANIC_END = b"---[ end Kernel panic"
-#: How long a wait may keep the calling thread from noticing Ctrl-C.
-_SLICE = 0.1
+#: Seconds from one call of `on_idle` to the next, and from one look for a panic to the next. Ctrl-C
+#: ends a wait within. Each takes of the guest's time where there is but one CPU.
+_IDLE, _LOOK = 0.1, 0.5
 
 
 class GuestPanic(GuestError):
@@ -224,8 +225,9 @@ class _Run:
     ) -> Ended:
         """Serves the command until it ended; raises when that will not happen."""
         deadline = None if timeout is None else started + timeout
+        pause = _LOOK if on_idle is None else _IDLE
         while True:
-            left = _SLICE if deadline is None else min(_SLICE, deadline - time.monotonic())
+            left = pause if deadline is None else min(pause, deadline - time.monotonic())
             data = self.port.read_bytes(timeout=max(left, 0))
             if data:
                 with feeder.lock:

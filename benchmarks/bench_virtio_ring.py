@@ -1,5 +1,5 @@
-"""Claim, from virtio_ring.cpp: a virtqueue pops and pushes chains of one and of three descriptors at
-least half as fast as the least code that does so and checks nothing, split and packed.
+"""Claim, from virtio_ring.cpp: a virtqueue pops and pushes chains of one and of three descriptors
+at least half as fast as the least code that does so and checks nothing, split and packed.
 
 Both are functions that are called for each chain and give its buffers; ours also shows the driver
 its progress after sixteen chains, and marks the ring's pages dirty. CPU time, the best of turns.

@@ -36,7 +36,7 @@ def walk_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         parts += sorted((NATIVE / folder).glob("*.cpp"))
     flags = ["-std=gnu++20", "-O2", "-fPIC", "-DNDEBUG", f"-I{NATIVE}"]
     source = Path(__file__).with_name("mmu_walk.cpp")
-    command = [peer("c++"), *flags, "-o", program, source, *parts, "-pthread"]
+    command: list[str | Path] = [peer("c++"), *flags, "-o", program, source, *parts, "-pthread"]
     subprocess.run(command, check=True, timeout=300)
     return program
 

@@ -5,7 +5,7 @@
 #include "irqchip/lapic.hpp"
 #include "irqchip/pic.hpp"
 #include "irqchip/pit.hpp"
-#include "soft/random.hpp"
+#include "random.hpp"
 
 namespace pvtest {
 

@@ -10,7 +10,7 @@
 
 #include "cpu/cpuid.hpp"
 #include "cpu/state.hpp"
-#include "soft/random.hpp"
+#include "random.hpp"
 
 namespace pvtest {
 

@@ -18,13 +18,18 @@ def test_the_python_of_the_readme_runs(root: Path, tmp_path: Path) -> None:
         [sys.executable, "-W", "error", "-c", program], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    result, wrote, read_back, *_, booted, registers, end = done.stdout.splitlines()
+    result, wrote, read_back, *more = done.stdout.splitlines()
     release = re.fullmatch(r"3 b'(\d+\.\d+\.\S+)\\n' b'oops\\n'", result)
     assert release
     assert wrote == "the guest wrote 0xcafe"
     assert read_back == "and read back 0x0000CAFF"
-    assert booted == release[1]
-    assert re.fullmatch(r"0x[0-9a-f]+ [0-9a-f]{16}", registers)
+    booted = more.index(release[1])
+    asked, head, *levels, found, code, end = more[booted + 1 :]
+    assert re.fullmatch(r"0x[0-9a-f]+: read, supervisor, .* paging", asked)
+    assert head.startswith("level")
+    assert len(levels) in range(2, 6)
+    assert found.startswith("-> 0x")
+    assert re.fullmatch(r"[0-9a-f]{16} 0x[0-9a-f]+", code)
     assert end == "stopped"
 
 

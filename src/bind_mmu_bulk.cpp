@@ -16,8 +16,7 @@ namespace polyvisor::python {
 
 namespace {
 
-// --- ranges
-// ---------------------------------------------------------------------------------------
+// --- ranges --------------------------------------------------------------------------------------
 
 /// Collecting garbage while many objects are made finds none, and costs more than making them.
 class NoGarbageCollection {
@@ -72,8 +71,7 @@ py::tuple ranges(const AddressSpace& space, const py::type& type, u64 start, u64
     return py::make_tuple(result, list.truncated ? py::cast(list.next) : py::none());
 }
 
-// --- bytes
-// ----------------------------------------------------------------------------------------
+// --- bytes ---------------------------------------------------------------------------------------
 
 py::tuple find(const AddressSpace& space, const py::object& pattern, u64 start, u64 last, u64 limit,
                u64 most) {
@@ -148,8 +146,7 @@ py::object write(const AddressSpace& space, u64 gva, const py::object& data) {
     return fault.reason == CopyFault::kNone ? py::object(py::none()) : fault_tuple(fault);
 }
 
-// --- arrays of addresses
-// --------------------------------------------------------------------------
+// --- arrays of addresses -------------------------------------------------------------------------
 
 /// 64-bit integers in any buffer, in C order, whatever its shape and strides.
 class Integers {
@@ -282,8 +279,7 @@ void translate_many(const AddressSpace& space, const py::object& addresses,
     }
 }
 
-// --- a vCPU's address space
-// -----------------------------------------------------------------------
+// --- a vCPU's address space ----------------------------------------------------------------------
 
 /// The address space of a vCPU as long as it stands still: what `make(state, physical bits, 1 GB
 /// pages?)` returns, an AddressSpace, which is kept until the machine's generation says that
@@ -358,8 +354,7 @@ PyObject* translate(PyObject* self, PyObject* argument) {
 
 PyMethodDef kTranslate{"translate", translate, METH_O, nullptr};
 
-// --- images
-// ---------------------------------------------------------------------------------------
+// --- images --------------------------------------------------------------------------------------
 
 void add_buffer(GuestMemory& memory, u64 start, const py::object& buffer, std::string name,
                 bool writable) {

@@ -45,8 +45,7 @@ void to_kvm(const DescriptorTable& table, kvm_dtable& t) {
 
 }  // namespace
 
-// --- Registers
-// ---------------------------------------------------------------------------------------
+// --- Registers -----------------------------------------------------------------------------------
 
 void to_kvm(const CpuState& state, kvm_regs& regs) {
     const auto& r = state.gpr;
@@ -151,8 +150,7 @@ void from_kvm(const kvm_debugregs& debug, CpuState& state) {
     state.dr7 = debug.dr7;
 }
 
-// --- Events
-// ------------------------------------------------------------------------------------------
+// --- Events --------------------------------------------------------------------------------------
 
 void to_kvm(const CpuState& state, kvm_vcpu_events& events) {
     using Kind = InFlightEvent::Kind;
@@ -242,8 +240,7 @@ void from_kvm(const kvm_mp_state& activity, CpuState& state) {
     }
 }
 
-// --- FPU
-// ---------------------------------------------------------------------------------------------
+// --- FPU -----------------------------------------------------------------------------------------
 
 namespace {
 

@@ -104,8 +104,7 @@ void KvmDirtyLog::fetch(const GuestMemory::Region& region, std::span<u64> bitmap
     region.take_dirty(bitmap);
 }
 
-// --- Bitmaps
-// ----------------------------------------------------------------------------------------
+// --- Bitmaps -------------------------------------------------------------------------------------
 
 void KvmDirtyLog::fetch_bitmap(const GuestMemory::Region& region, std::span<u64> bitmap) {
     const auto slots = vm_.memslots().slots();
@@ -135,8 +134,7 @@ void KvmDirtyLog::clear(u32 slot, std::span<u64> pages, u64 count) const {
     }
 }
 
-// --- Rings
-// ------------------------------------------------------------------------------------------
+// --- Rings ---------------------------------------------------------------------------------------
 
 // False: there is no such vCPU yet, and no ring. The mapping stays when the vCPU ends, so that what
 // it wrote last is still found.

@@ -8,8 +8,7 @@
 
 namespace polyvisor::soft {
 
-// --- CodePages
-// ------------------------------------------------------------------------------------
+// --- CodePages -----------------------------------------------------------------------------------
 
 void CodePages::add(BlockCache* cache) {
     std::lock_guard lock(mutex_);
@@ -57,8 +56,7 @@ void CodePages::stored(BlockCache* writer, u64 gpa, u64 size) {
     }
 }
 
-// --- BlockCache
-// -----------------------------------------------------------------------------------
+// --- BlockCache ----------------------------------------------------------------------------------
 
 BlockCache::BlockCache(VcpuFrame& frame, GuestMemory& memory, CodePages& pages)
     : frame_(frame), memory_(memory), shared_(pages), hash_(kBuckets) {
@@ -229,8 +227,7 @@ void BlockCache::flush() {
     frame_.link_slot_valid = false;
 }
 
-// --- From other threads
-// -----------------------------------------------------------------------------
+// --- From other threads --------------------------------------------------------------------------
 
 void BlockCache::post_protect(u64 gpa) {
     post_stored(gpa, 0);

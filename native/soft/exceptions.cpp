@@ -24,8 +24,7 @@ bool is_interrupt_gate(u8 type) {
     return type == kIntGate || type == kIntGate16;
 }
 
-// --- Real mode, and VME's redirection
-// ---------------------------------------------------------------------
+// --- Real mode, and VME's redirection ------------------------------------------------------------
 
 /// Through an interrupt vector table at linear address `table`. `pushed` is the flags image.
 bool enter_vector(VcpuFrame& f, u64 table, u8 vector, u64 pushed) {
@@ -66,8 +65,7 @@ bool enter_redirected(VcpuFrame& f, u8 vector) {
     return true;
 }
 
-// --- Protected mode
-// ------------------------------------------------------------------------------------------
+// --- Protected mode ------------------------------------------------------------------------------
 
 struct HandlerFrame {
     u64 flags;
@@ -175,8 +173,7 @@ bool enter_protected(VcpuFrame& f, u8 vector, EventType type, HandlerFrame h) {
     return enter_same_level(f, gate, selector, code, h, ip, size);
 }
 
-// --- IA-32e mode
-// ------------------------------------------------------------------------------------------------
+// --- IA-32e mode ---------------------------------------------------------------------------------
 
 /// Stores `count` quadwords at `linear`, ascending, in one piece.
 bool push_block(VcpuFrame& f, u64 linear, const u64* words, u32 bytes, u8 cpl) {

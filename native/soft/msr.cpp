@@ -85,8 +85,7 @@ bool intel(const VcpuFrame& f) {
     return environment(f).cpuid.intel;
 }
 
-// --- The TSC
-// ------------------------------------------------------------------------------------------------
+// --- The TSC -------------------------------------------------------------------------------------
 
 void shift_tsc(VcpuFrame& f, u64 delta) {
     f.msr.tsc_offset += delta;
@@ -123,8 +122,7 @@ bool apic_write(VcpuFrame& f, u32 index, u64 value) {
     return env.lapic->write_msr(index, value);
 }
 
-// --- Memory types
-// ---------------------------------------------------------------------------------------------
+// --- Memory types --------------------------------------------------------------------------------
 
 bool memory_type(u64 type) {
     return type <= 1 || (type >= 4 && type <= 6);
@@ -153,8 +151,7 @@ bool valid_variable_mtrr(const VcpuFrame& f, u32 index, u64 value) {
     return !(value & ~f.physical_mask) && !(value & 0xf00) && memory_type(value & 0xff);
 }
 
-// --- EFER
-// -----------------------------------------------------------------------------------------------------
+// --- EFER ----------------------------------------------------------------------------------------
 
 bool write_efer(VcpuFrame& f, u64 value) {
     u64 allowed = kEferSce | kEferLma;

@@ -6,8 +6,7 @@
 
 namespace polyvisor::soft {
 
-// --- Stacks
-// --------------------------------------------------------------------------------------------
+// --- Stacks --------------------------------------------------------------------------------------
 
 bool StackFrame::address(u64 sp, u32 size, u64& linear) {
     if (PV_LIKELY(long_)) {
@@ -131,8 +130,7 @@ void finish_code(VcpuFrame& f, u16 selector, u8 cpl, const Descriptor& d, u64 ip
     update_mode(f);
 }
 
-// --- JMP and CALL through gates
-// ---------------------------------------------------------------------------
+// --- JMP and CALL through gates ------------------------------------------------------------------
 
 bool fetch_gate_target(VcpuFrame& f, const Descriptor& gate, u16& selector, Descriptor& code) {
     selector = gate.gate_selector();
@@ -290,8 +288,7 @@ bool far_memory(VcpuFrame& f, const Insn& i, u64 ea) {
     return far_transfer(f, selector, offset, i.opsize, call);
 }
 
-// --- RET
-// ---------------------------------------------------------------------------------------------------
+// --- RET -----------------------------------------------------------------------------------------
 
 /// The code segment that a far return or IRET names; `rpl` becomes the CPL.
 bool check_return_segment(VcpuFrame& f, u16 selector, Descriptor& d) {
@@ -359,8 +356,7 @@ bool retf_iw(VcpuFrame& f, const Insn& i, u64) {
     return far_return(f, i.opsize, static_cast<u16>(i.imm));
 }
 
-// --- IRET
-// --------------------------------------------------------------------------------------------------
+// --- IRET ----------------------------------------------------------------------------------------
 
 constexpr u64 kVmeFlags = kFlagVif | kFlagVip;
 
@@ -499,8 +495,7 @@ bool iret(VcpuFrame& f, const Insn& i, u64) {
     return f.vm86() ? iret_vm86(f, i.opsize) : iret_real(f, i.opsize);
 }
 
-// --- Software interrupts
-// --------------------------------------------------------------------------------------
+// --- Software interrupts -------------------------------------------------------------------------
 
 bool software_interrupt(VcpuFrame& f, u8 vector, EventType type) {
     if (!enter_handler(f, vector, type, nullptr, false)) return false;
@@ -526,8 +521,7 @@ bool into(VcpuFrame& f, const Insn&, u64) {
     return software_interrupt(f, kOf, EventType::kSoftwareException);
 }
 
-// --- Fast system calls
-// -----------------------------------------------------------------------------------------
+// --- Fast system calls ---------------------------------------------------------------------------
 
 constexpr u32 kFlatCode64 = 0xa09b, kFlatCode32 = 0xc09b, kFlatData = 0xc093, kDpl3 = 3 << 5;
 

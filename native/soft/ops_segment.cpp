@@ -5,8 +5,7 @@
 
 namespace polyvisor::soft {
 
-// --- Descriptors
-// -------------------------------------------------------------------------------------
+// --- Descriptors ---------------------------------------------------------------------------------
 
 u64 descriptor_address(const VcpuFrame& f, u16 selector) {
     return (selector & 4 ? f.ldtr.base : f.gdtr.base) + (selector & 0xfff8);
@@ -118,8 +117,7 @@ void drop_privileged_segments(VcpuFrame& f) {
 
 namespace {
 
-// --- MOV, PUSH, POP of segment registers
-// --------------------------------------------------------------
+// --- MOV, PUSH, POP of segment registers ---------------------------------------------------------
 
 bool mov_mw_sw(VcpuFrame& f, const Insn& i, u64 ea) {
     if (i.reg > kGs) return raise_ud(f);
@@ -185,8 +183,7 @@ bool load_far_pointer(VcpuFrame& f, const Insn& i, u64 ea) {
     return true;
 }
 
-// --- Questions about descriptors
-// -----------------------------------------------------------------------
+// --- Questions about descriptors -----------------------------------------------------------------
 
 void set_zf(VcpuFrame& f, bool zf) {
     constexpr u16 kZfBit = kFlagZ << 8;
@@ -278,8 +275,7 @@ bool arpl(VcpuFrame& f, const Insn& i, u64 ea) {
     return true;
 }
 
-// --- Table registers
-// -------------------------------------------------------------------------------------
+// --- Table registers -----------------------------------------------------------------------------
 
 /// UMIP: SGDT, SIDT, SLDT, STR and SMSW are for CPL 0.
 bool umip_denies(VcpuFrame& f) {
@@ -371,8 +367,7 @@ bool ltr(VcpuFrame& f, const Insn& i, u64 ea) {
     return true;
 }
 
-// --- FS and GS bases
-// ----------------------------------------------------------------------------------------
+// --- FS and GS bases -----------------------------------------------------------------------------
 
 bool fsgsbase_off(VcpuFrame& f) {
     if (PV_LIKELY(f.cr4 & bit(16))) return false;

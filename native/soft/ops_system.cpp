@@ -80,8 +80,7 @@ u64 allowed_cr4(const FeatureSet& has) {
     return allowed;
 }
 
-// --- Control registers
-// ------------------------------------------------------------------------------------
+// --- Control registers ---------------------------------------------------------------------------
 
 /// CR0 with everything that follows from it: paging on and off, EFER.LMA, PDPTEs (SDM
 /// 3A, 2.5, 9.8.5).
@@ -232,8 +231,7 @@ bool smsw(VcpuFrame& f, const Insn& i, u64 ea) {
     return true;
 }
 
-// --- Debug registers
-// ------------------------------------------------------------------------------------------
+// --- Debug registers -----------------------------------------------------------------------------
 
 /// DR4 and DR5 are DR6 and DR7 without CR4.DE. False: #UD, or #DB for general detect.
 bool debug_register(VcpuFrame& f, const Insn& i, u8& n) {
@@ -278,8 +276,7 @@ bool mov_to_dr(VcpuFrame& f, const Insn& i, u64) {
     return true;
 }
 
-// --- MSRs, CPUID, time
-// -------------------------------------------------------------------------------------------
+// --- MSRs, CPUID, time ---------------------------------------------------------------------------
 
 bool rdmsr(VcpuFrame& f, const Insn&, u64) {
     u64 value;
@@ -353,8 +350,7 @@ bool rdpmc(VcpuFrame& f, const Insn&, u64) {
     return raise_gp(f);
 }  // there are no counters
 
-// --- Flags with privilege
-// -------------------------------------------------------------------------------------------
+// --- Flags with privilege ------------------------------------------------------------------------
 
 void set_if(VcpuFrame& f) {
     if (!(f.rflags_rest & kFlagI)) f.shadow = true;
@@ -439,8 +435,7 @@ bool access_check(VcpuFrame& f, const Insn&, u64) {
     return true;
 }
 
-// --- The rest
-// -----------------------------------------------------------------------------------------------------------
+// --- The rest ------------------------------------------------------------------------------------
 
 bool hlt(VcpuFrame& f, const Insn&, u64) {
     f.activity = Activity::kHalted;

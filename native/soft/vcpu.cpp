@@ -91,8 +91,7 @@ SoftVcpu::~SoftVcpu() {
     dirty_log_.remove(this);
 }
 
-// --- Requests from other threads
-// --------------------------------------------------------------------
+// --- Requests from other threads -----------------------------------------------------------------
 
 void SoftVcpu::request(u32 bits) {
     u32 before = frame.irq_req.fetch_or(bits);
@@ -170,8 +169,7 @@ bool SoftVcpu::deliver_pending(Exit& exit) {
     return !ok;
 }
 
-// --- Time
-// -------------------------------------------------------------------------------------------
+// --- Time ----------------------------------------------------------------------------------------
 
 u64 SoftVcpu::instructions_now() const {
     u64 done = frame.retired + static_cast<u64>(slice_ - frame.budget);
@@ -233,8 +231,7 @@ bool SoftVcpu::wait_while_halted(Exit& exit) {
     return false;
 }
 
-// --- The loop
-// ---------------------------------------------------------------------------------------
+// --- The loop ------------------------------------------------------------------------------------
 
 Exit SoftVcpu::run() {
     GuestMxcsr mxcsr(frame);

@@ -193,8 +193,7 @@ void five_levels() {
     }
 }
 
-// --- Against a model, through the soft TLB
-// ---------------------------------------------------------------
+// --- Against a model, through the soft TLB -------------------------------------------------------
 
 struct Model {
     bool wp, smap;

@@ -11,8 +11,7 @@ namespace {
 constexpr u64 kInner = 0x7000;  // where gates lead
 constexpr u64 kInner2 = 0x7800;
 
-// --- Call gates
-// -------------------------------------------------------------------------------------------
+// --- Call gates ----------------------------------------------------------------------------------
 
 // Ring 3 calls ring 0 with two parameters, which are copied; RET 8 takes them off both stacks.
 PV_GUEST(call_gate_caller, R"(
@@ -136,8 +135,7 @@ void gate_checks() {
     }
 }
 
-// --- Returns
-// ------------------------------------------------------------------------------------------------
+// --- Returns -------------------------------------------------------------------------------------
 
 // LRET to ring 3: data segments that ring 3 may not see become null.
 PV_GUEST(far_return_outward, R"(
@@ -241,8 +239,7 @@ void iret_long() {
     CHECK_EQ(user.vcpu->save().rflags, u64{0x244cd7 | 2});
 }
 
-// --- Tasks
-// -------------------------------------------------------------------------------------------------------
+// --- Tasks ---------------------------------------------------------------------------------------
 
 void build_task(Machine& m, u32 eip, u32 eflags = 2) {
     m.put<u32>(kTss2 + 0x20, eip);
@@ -369,8 +366,7 @@ void task_switches() {
     CHECK_EQ(o.state.dr6 & 0xe00f, bit(15));
 }
 
-// --- Virtual-8086 mode
-// -----------------------------------------------------------------------------------------------
+// --- Virtual-8086 mode ---------------------------------------------------------------------------
 
 // Ring 0 enters an 8086 program by IRET; it runs, and leaves by INT 0x80.
 PV_GUEST(enter_vm86, R"(
@@ -436,8 +432,7 @@ void vm86() {
     CHECK_EQ(vme.get<u16>(stack + 4), u16{0x3202});
 }
 
-// --- Modes
-// ----------------------------------------------------------------------------------------------------------------
+// --- Modes ---------------------------------------------------------------------------------------
 
 // Protected mode to long mode: PAE, CR3, EFER.LME, CR0.PG, far jump.
 PV_GUEST(to_long_mode, R"(
@@ -518,8 +513,7 @@ void mode_changes() {
     CHECK_EQ(o.rip, kCode + 15);
 }
 
-// --- Fast system calls
-// --------------------------------------------------------------------------------------------------------
+// --- Fast system calls ---------------------------------------------------------------------------
 
 void fast_calls() {
     Machine m(Mode::kLong, 3);

@@ -168,7 +168,6 @@ EptState make_ept_state(u64 eptp, const EptCapabilities& capabilities) {
     ept.root = eptp & kPteAddress;
     ept.levels = static_cast<u8>(bits(eptp, 5, 3) + 1);
     ept.access_dirty = eptp & bit(6);
-    ept.table_memory_type = bits(eptp, 2, 0);
     ept.capabilities = capabilities;
     return ept;
 }

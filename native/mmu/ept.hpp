@@ -27,7 +27,6 @@ struct EptState {
     u64 root = 0;
     u8 levels = 4;
     bool access_dirty = false;
-    u8 table_memory_type = 6;
     EptCapabilities capabilities;
 };
 

@@ -91,6 +91,17 @@ void rights() {
     w.set(7, 7, 7, 0x33);
     CHECK(w.run({.guest_table = true}).dirty);
     CHECK_EQ(w.entry(1), 0x8333u);
+    // The page's memory type, and whether it overrides the guest's PAT.
+    for (unsigned type : {0, 1, 4, 5, 6}) {
+        for (bool ignore_pat : {false, true}) {
+            World typed;
+            typed.set(7, 7, 7, type << 3 | (ignore_pat ? 0x40 : 0) | 7);
+            EptResult got = typed.run(kRead);
+            CHECK(got.ok());
+            CHECK_EQ(u32{got.memory_type}, type);
+            CHECK_EQ(got.ignore_pat, ignore_pat);
+        }
+    }
     // Beyond what four levels translate.
     CHECK_EQ(w.run(kRead, bit(48) | kGpa).qualification, kEptRead | kEptLinearValid | kEptFinal);
     CHECK_EQ(w.run(kRead, bit(48) | kGpa).outcome, EptResult::kViolation);

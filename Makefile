@@ -54,7 +54,7 @@ fresh: ## make demo and make test in a new minimal Debian 12, nothing preinstall
 	@scripts/fresh.py
 
 setup: # system packages and .venv
-	@scripts/system-packages build run test
+	@scripts/system-packages build run test image
 	@scripts/venv
 
 build: setup ## the extension modules, into python/polyvisor
@@ -72,7 +72,7 @@ asan ubsan tsan: setup ## the native tests under a sanitizer
 	@ctest --preset $@ --timeout 600
 
 clean: ## remove what was built (not .venv, not downloads)
-	@rm -rf build dist python/polyvisor/*.so python/polyvisor/guest/init-*
+	@rm -rf build dist python/polyvisor/*.so python/polyvisor/guest/init-* python/polyvisor/guest/agent-*
 
 distclean: clean ## remove everything that is not in git's tree
 	@rm -rf .venv .cache .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,7 +4,7 @@
 // and environment); a static buffer costs nothing until it is touched.
 static char file[2 << 20];
 
-static void add(struct Command* command, char* record) {
+void command_add(struct Command* command, char* record) {
     char* value = record + 1;
     switch (record[0]) {
         case 'a':
@@ -23,6 +23,22 @@ static void add(struct Command* command, char* record) {
             break;
         case 't':
             command->terminal = 1;
+            command->rows = number_of(value);
+            while (*value && *value != ' ') value++;
+            command->columns = *value ? number_of(value + 1) : 0;
+            break;
+        case 'u':
+            command->user = number_of(value);
+            break;
+        case 'g':
+            command->group = number_of(value);
+            break;
+        case 'r':
+            command->root = 1;
+            break;
+        case 'm':
+            if (command->module_count < kMaxModules)
+                command->modules[command->module_count++] = value;
             break;
     }
 }
@@ -37,7 +53,7 @@ void command_load(struct Command* command, const char* path) {
         size += (usize)got;
     }
     SYS(close, fd);
-    for (usize at = 0; at < size; at += length_of(file + at) + 1) add(command, file + at);
+    for (usize at = 0; at < size; at += length_of(file + at) + 1) command_add(command, file + at);
 }
 
 static const char* variable(const struct Command* command, const char* name) {

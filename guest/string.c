@@ -16,7 +16,7 @@ void* memmove(void* to, const void* from, usize size) {
     u8* target = to;
     const u8* source = from;
     if (target <= source) {
-        for (usize i = 0; i < size; i++) target[i] = source[i];
+        memcpy(to, from, size);  // which goes upwards
     } else {
         for (usize i = size; i-- > 0;) target[i] = source[i];
     }

@@ -70,6 +70,13 @@ static inline usize length_of(const char* text) {
     return length;
 }
 
+/// A decimal number; what is no digit ends it.
+static inline long number_of(const char* text) {
+    long number = 0;
+    while (*text >= '0' && *text <= '9') number = number * 10 + (*text++ - '0');
+    return number;
+}
+
 static inline int same_text(const char* a, const char* b) {
     while (*a && *a == *b) a++, b++;
     return *a == *b;
@@ -84,6 +91,15 @@ static inline int has_slash(const char* text) {
 void* memcpy(void* to, const void* from, usize size);
 void* memset(void* to, int value, usize size);
 void* memmove(void* to, const void* from, usize size);
+
+/// Ignores a signal, or not any more.
+static inline void ignore_signal(int number, int ignored) {
+    struct {
+        unsigned long handler, flags, restorer;
+        u64 mask;
+    } action = {(unsigned long)ignored, 0, 0, 0};  // SIG_DFL is 0, SIG_IGN is 1
+    SYS(rt_sigaction, number, &action, 0, sizeof(u64));
+}
 
 /// Writes all of it, waiting as long as it takes; false on an error.
 static inline int write_all(int fd, const void* data, usize size) {

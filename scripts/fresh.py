@@ -2,9 +2,9 @@
 """make fresh: proves `make demo` and `make test` in a new minimal Debian, nothing preinstalled.
 
 A Debian root (mmdebstrap, minbase and `make`; its tarball is kept in .cache/fresh for two weeks)
-gets the files that git tracks, as they are in the work tree, and a chroot in its own mount and PID
-namespaces runs the targets there. When the last process of the namespaces is gone so are the
-mounts, however this program ended; the root is removed at the end.
+gets the files that git tracks, as they are in the work tree, and becomes the root of mount and PID
+namespaces of its own, where the targets run. When the last process of the namespaces is gone so are
+the mounts, however this program ended; the root is removed at the end.
 
 The network is reached as from the host: the host's pip configuration, Debian mirror, proxies and
 certificates are carried in, with the local indexes they refer to (bound read-only). The compiler
@@ -239,7 +239,9 @@ def compiler_cache() -> Path | None:
 
 
 def run_inside(root: Path, binds: list[Path]) -> int:
-    mounts = ["mount -t proc proc proc", "mount --rbind /dev dev", "mount --rbind /sys sys"]
+    # pivot_root rather than chroot: who is in a chroot may not have user namespaces.
+    mounts = ['mount --bind "$PWD" "$PWD"', 'cd "$PWD"']
+    mounts += ["mount -t proc proc proc", "mount --rbind /dev dev", "mount --rbind /sys sys"]
     for path in binds:
         target = shlex.quote(f".{path}")
         mounts.append(f"mkdir -p {target}")
@@ -257,7 +259,13 @@ def run_inside(root: Path, binds: list[Path]) -> int:
     environment |= {name: os.environ[name] for name in ("CI", "TERM") if name in os.environ}
     for target in sys.argv[1:] or ("make demo", "make demo", TEST):
         script = "\n".join(
-            ["set -e", *mounts, f"exec chroot . sh -c {shlex.quote(f'cd {TREE} && {target}')}"]
+            [
+                "set -e",
+                *mounts,
+                "mkdir -p old",
+                "pivot_root . old",
+                f"exec sh -c {shlex.quote(f'umount -l /old && cd {TREE} && {target}')}",
+            ]
         )
         with step(target):
             status = in_namespaces(["sh", "-c", script], root, environment)

@@ -6,11 +6,14 @@
 #include "handles.hpp"
 #include "machine/snapshot.hpp"
 #include "py_device.hpp"
+#include "py_virtio.hpp"
+#include "virtio_handle.hpp"
 
 namespace polyvisor::python {
 
 namespace {
 
+using devices::HostConsole;
 using Phase = RunControl::Phase;
 
 // Serial ports hold no GIL-protected data of Python's: their calls may all let others run.
@@ -35,6 +38,10 @@ const char* state(const PyMachine& self) {
 template <class Step>
 auto unlocked(const PyMachine& self, Step step) {
     auto core = self.core();
+    if (holds_queues() && !core->machine().on_own_thread()) {
+        throw StateMismatch("this thread holds a virtio queue, for which machine '" + self.name() +
+                            "' would have to wait; let go of it first");
+    }
     py::gil_scoped_release release;
     return step(core->machine());
 }
@@ -92,13 +99,13 @@ py::list ranges(const PyMachine& self) {
 }
 
 void bind_serial(py::module_& module) {
-    py::class_<SerialConsole, std::shared_ptr<SerialConsole>>(module, "SerialPort")
-        .def_property_readonly("size", &SerialConsole::size)
-        .def_property_readonly("closed", &SerialConsole::closed)
-        .def_property_readonly("unsent", &SerialConsole::unsent)
+    py::class_<HostConsole, std::shared_ptr<HostConsole>>(module, "SerialPort")
+        .def_property_readonly("size", &HostConsole::size)
+        .def_property_readonly("closed", &HostConsole::closed)
+        .def_property_readonly("unsent", &HostConsole::unsent)
         .def(
             "read",
-            [](SerialConsole& port, u64 offset, u64 limit) {
+            [](HostConsole& port, u64 offset, u64 limit) {
                 std::string bytes;
                 u64 next;
                 {
@@ -110,7 +117,7 @@ void bind_serial(py::module_& module) {
             py::arg("offset"), py::arg("limit") = ~u64{0} >> 1)
         .def(
             "wait",
-            [](const std::shared_ptr<SerialConsole>& self, u64 offset,
+            [](const std::shared_ptr<HostConsole>& self, u64 offset,
                std::optional<double> timeout) {
                 auto port = self;
                 bool output = false;
@@ -123,13 +130,13 @@ void bind_serial(py::module_& module) {
             py::arg("offset"), py::arg("timeout") = py::none())
         .def(
             "send",
-            [](SerialConsole& port, const py::object& data) {
+            [](HostConsole& port, const py::object& data) {
                 BufferView view(data, false);
                 py::gil_scoped_release release;
                 port.send(view.bytes());
             },
             py::arg("data"))
-        .def("set_flow_control", &SerialConsole::set_flow_control, py::arg("on"), Release());
+        .def("set_flow_control", &HostConsole::set_flow_control, py::arg("on"), Release());
 }
 
 }  // namespace
@@ -173,7 +180,7 @@ std::shared_ptr<Core> PyMachine::core() const {
     return core_;
 }
 
-const std::shared_ptr<SerialConsole>& PyMachine::serial(unsigned index) const {
+const std::shared_ptr<devices::HostConsole>& PyMachine::serial(unsigned index) const {
     if (index >= consoles_.size()) {
         throw ConfigError("index", "machine '" + name_ + "' has no serial port " +
                                        std::to_string(index) + ", only " +
@@ -302,7 +309,9 @@ void bind_machine(py::module_& module) {
             "request_end",
             [](const PyMachine& m, const std::string& reason, u32 status, std::string detail) {
                 StopInfo info{stop_reason(reason), status, std::move(detail), 0};
-                unlocked(m, [&](Machine& machine) { machine.request_end(std::move(info)); });
+                auto core = m.core();
+                py::gil_scoped_release release;
+                core->machine().request_end(std::move(info));
             },
             py::arg("reason"), py::arg("status") = 0, py::arg("detail") = "")
 
@@ -329,6 +338,16 @@ void bind_machine(py::module_& module) {
         .def(
             "nmi", [](const PyMachine& m, u32 index) { m.core()->machine().nmi(index); },
             py::arg("index"))
+
+        .def("virtio_places",
+             [](const PyMachine& m) {
+                 auto core = m.core();
+                 std::vector<std::unique_ptr<VirtioHandle>> places;
+                 for (const auto& place : core->machine().virtio().places()) {
+                     places.push_back(std::make_unique<VirtioHandle>(core, place));
+                 }
+                 return places;
+             })
 
         .def(
             "add_port_device",

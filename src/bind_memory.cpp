@@ -93,6 +93,13 @@ void bind_memory(py::module_& module) {
             },
             py::arg("gpa"), py::arg("data"))
         .def(
+            "discard",
+            [](GuestMemory& memory, u64 gpa, u64 size) {
+                py::gil_scoped_release release;
+                return memory.discard(Gpa(gpa), size);
+            },
+            py::arg("gpa"), py::arg("size"))
+        .def(
             "note_write",
             [](GuestMemory& memory, u64 gpa, u64 size) {
                 if (size != 0) memory.checked(Gpa(gpa), size);

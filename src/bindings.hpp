@@ -16,14 +16,22 @@ namespace py = pybind11;
 
 void bind_errors(py::module_& module);
 void bind_engines(py::module_& module);
+void bind_process(py::module_& module);
+void bind_host(py::module_& module);
 void bind_memory(py::module_& module);
 void bind_mmu(py::module_& module);
 void bind_mmu_bulk(py::module_& module);
 void bind_cpu(py::module_& module);
 void bind_bus(py::module_& module);
 void bind_machine(py::module_& module);
+void bind_net(py::module_& module);
 void bind_debug(py::module_& module);
 void bind_statistics(py::module_& module);
+void bind_console(py::module_& module);
+void bind_virtio(py::module_& module);
+void bind_block(py::module_& module);
+void bind_py_virtio(py::module_& module);
+void bind_cgroup(py::module_& module);
 
 /// Makes the C++ exception being handled Python's pending one: for functions that Python calls
 /// without pybind11 between.

@@ -16,11 +16,12 @@ namespace polyvisor::python {
 
 class PyDevice;
 class PyTimer;
+class PyVirtioDevice;
 
 /// Where in which device something happened.
 struct Access {
     const std::string& device;
-    const char* kind;  ///< "read", "write", "reset", "save", "restore", "timer"
+    const char* kind;  ///< the method: "read", "write", "serve"...; or "timer"
     u64 offset = 0;
     u64 size = 0;
 };
@@ -37,6 +38,7 @@ class Core {
     std::shared_ptr<PyDevice> device(const py::object& object);
     void attached(Bus& bus, u64 start) { claims_.emplace_back(&bus, start); }
     void detached(Bus& bus, u64 start);
+    void plugged(std::weak_ptr<PyVirtioDevice> device) { virtio_.push_back(std::move(device)); }
     /// Lets go of all Python objects, which may in turn hold this machine. It must have ended.
     void release();
 
@@ -56,6 +58,7 @@ class Core {
     std::map<PyObject*, std::shared_ptr<PyDevice>> devices_;
     std::vector<std::pair<Bus*, u64>> claims_;
     std::set<PyTimer*> timers_;
+    std::vector<std::weak_ptr<PyVirtioDevice>> virtio_;
     std::unique_ptr<Machine> machine_;
 };
 

@@ -28,6 +28,8 @@ void translate(std::exception_ptr pending) {
         raise("StateError", e, py::dict("field"_a = e.field));
     } catch (const EngineUnavailable& e) {
         raise("EngineUnavailable", e, py::dict("engine"_a = e.engine, "reason"_a = e.reason));
+    } catch (const LimitUnavailable& e) {
+        raise("LimitUnavailable", e, py::dict("controller"_a = e.controller));
     } catch (const StateMismatch& e) {
         raise("StateMismatch", e, py::dict());
     } catch (const Error& e) {

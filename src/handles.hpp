@@ -61,8 +61,8 @@ class PyMachine {
     const std::string& name() const { return name_; }
     void close();
 
-    const std::shared_ptr<SerialConsole>& serial(unsigned index) const;
-    const std::shared_ptr<SerialConsole>& debug_console() const { return debug_console_; }
+    const std::shared_ptr<devices::HostConsole>& serial(unsigned index) const;
+    const std::shared_ptr<devices::HostConsole>& debug_console() const { return debug_console_; }
     /// How it ended; nothing while it has not.
     std::optional<StopInfo> stop_info() const;
     py::object exception() const { return core_ ? core_->exception() : exception_; }
@@ -71,7 +71,7 @@ class PyMachine {
     Statistics statistics() const;  // bind_statistics.cpp
     u64 now() const { return core_ ? core_->machine().clock().now() : now_; }
     const std::string& engine() const { return engine_; }
-    const std::vector<std::shared_ptr<SerialConsole>>& consoles() const { return consoles_; }
+    const std::vector<std::shared_ptr<devices::HostConsole>>& consoles() const { return consoles_; }
 
   private:
     bool forked() const { return ::getpid() != pid_; }
@@ -79,8 +79,8 @@ class PyMachine {
     std::shared_ptr<Core> core_;
     const pid_t pid_ = ::getpid();
     std::string name_, engine_;
-    std::vector<std::shared_ptr<SerialConsole>> consoles_;
-    std::shared_ptr<SerialConsole> debug_console_;
+    std::vector<std::shared_ptr<devices::HostConsole>> consoles_;
+    std::shared_ptr<devices::HostConsole> debug_console_;
     std::optional<StopInfo> stop_;
     py::object exception_ = py::none();
     std::vector<std::string> log_;

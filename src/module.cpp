@@ -17,6 +17,8 @@ PYBIND11_MODULE(_native, module) {
     });
     polyvisor::python::bind_errors(module);
     polyvisor::python::bind_engines(module);
+    polyvisor::python::bind_process(module);
+    polyvisor::python::bind_host(module);
     polyvisor::python::bind_memory(module);
     polyvisor::python::bind_mmu(module);
     polyvisor::python::bind_cpu(module);
@@ -25,4 +27,10 @@ PYBIND11_MODULE(_native, module) {
     polyvisor::python::bind_mmu_bulk(module);
     polyvisor::python::bind_debug(module);
     polyvisor::python::bind_statistics(module);
+    polyvisor::python::bind_virtio(module);
+    polyvisor::python::bind_block(module);
+    polyvisor::python::bind_net(module);
+    polyvisor::python::bind_py_virtio(module);
+    polyvisor::python::bind_console(module);
+    polyvisor::python::bind_cgroup(module);
 }

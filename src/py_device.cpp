@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "base/error.hpp"
+#include "py_virtio.hpp"
 
 namespace polyvisor::python {
 
@@ -95,6 +96,9 @@ void Core::release() {
     machine_->mmio().release_detached();
     for (PyTimer* timer : std::set(timers_)) timer->release();
     std::exchange(devices_, {}).clear();
+    for (const auto& plugged : std::exchange(virtio_, {})) {
+        if (auto device = plugged.lock()) device->release();
+    }
     exception_ = py::object();  // what is left of a Core is destroyed without the GIL
 }
 

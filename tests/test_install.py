@@ -56,10 +56,11 @@ def test_the_wheel_is_whole(root: Path, tmp_path: Path) -> None:
     sources = {f"polyvisor/{path.relative_to(package)}" for path in package.rglob("*.py*")}
     sources = {name for name in sources if "__pycache__" not in name}
     assert sources <= set(names)
-    parts = {"py.typed", "guest/init-x86_64", "guest/init-i386"}
+    programs = {f"guest/{name}-{cpu}" for name in ("init", "agent") for cpu in ("x86_64", "i386")}
+    parts = {"py.typed", "guest/polyvisor-agent.service", *programs}
     assert {f"polyvisor/{part}" for part in parts} <= set(names)
     modules = sorted(name.split(".")[0] for name in names if name.endswith(".so"))
-    assert modules == ["polyvisor/_fast", "polyvisor/_native"]
+    assert modules == ["polyvisor/_fast", "polyvisor/_native", "polyvisor/_ring"]
     assert not [name for name in names if name.endswith((".cpp", ".hpp", ".a", ".o"))]
 
     target = tmp_path / "site"

@@ -15,14 +15,14 @@ ARTIFACTS = re.compile(
     r"metaclass differs$"
     r'|__init__ is inconsistent, stub does not have \*args parameter "args"$'
     r"|\.__buffer__ is not present at runtime$"
-    r"|\._fast\.__(reduce_cython|setstate_cython|test|pyx_\w+)__ is not present in stub$"
+    r"|\._(fast|ring)\.\S*__(reduce_cython|setstate_cython|test|pyx_\w+)__ is not present in stub$"
 )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_stubs_and_modules_agree(root: Path) -> None:
-    modules = ("polyvisor._native", "polyvisor._fast")
+    modules = ("polyvisor._native", "polyvisor._fast", "polyvisor._ring")
     done = subprocess.run(
         [
             *(sys.executable, "-m", "mypy.stubtest", *modules, "--concise"),

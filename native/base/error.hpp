@@ -58,6 +58,14 @@ class EngineUnavailable : public Error {
     std::string reason;
 };
 
+/// A limit that this host cannot keep. `controller` is the cgroup controller that is missing.
+class LimitUnavailable : public Error {
+  public:
+    LimitUnavailable(std::string controller, const std::string& message)
+        : Error(message), controller(std::move(controller)) {}
+    std::string controller;
+};
+
 /// A call that the object's present state forbids (running, closed, ...).
 class StateMismatch : public Error {
   public:

@@ -73,6 +73,17 @@ class Vcpu : public CpuSignals {
     virtual CpuState save() const = 0;
     /// Validates first: throws StateError and changes nothing when the state is impossible.
     virtual void restore(const CpuState& state) = 0;
+    /// These registers alone, for those who need no more, and need it often. Not validated: what
+    /// the CPU cannot have (reserved bits of RFLAGS) is the caller's mistake.
+    virtual GeneralRegisters general() const = 0;
+    virtual void set_general(const GeneralRegisters& registers) = 0;
+    /// The FPU's registers alone, likewise; set_fpu() is not for reserved bits of MXCSR either.
+    virtual FpuState fpu() const { return save().fpu; }
+    virtual void set_fpu(const FpuState& fpu) {
+        CpuState state = save();
+        state.fpu = fpu;
+        restore(state);
+    }
     virtual u32 id() const = 0;
 
     /// Translates a guest-virtual address with the present CR3 and mode, without side effects.
@@ -126,6 +137,12 @@ struct EngineConfig {
     u32 dirty_ring = 0;
     Log* log = nullptr;
     bool hypercall_exits = false;
+    /// kvm: every port access ends run() with kIo at once, asked of no bus, and whether its
+    /// instruction is behind RIP or at it is not said: the caller sets RIP. For guests that use
+    /// ports to call the host and nothing else, and execute nothing of their own above CPL 3: there
+    /// are no interrupts, MSRs are not watched, restore() sets only those that SYSCALL and SYSENTER
+    /// go by, and when it throws the CPU's state is undefined.
+    bool port_exits = false;
     bool deterministic = false;
     /// Only the engine's reference implementation, without its shortcuts: slow, for tests.
     bool reference = false;
@@ -140,6 +157,12 @@ class Engine {
     virtual const char* name() const = 0;
     /// The interrupt chips it runs itself; nullptr when all are the machine's (kUser).
     virtual InterruptChips* chips() { return nullptr; }
+    /// The caller has put other page tables where the CPUs' were: whatever the engine itself keeps
+    /// of them is forgotten. While no CPU runs; each is to be given its state anew before it does.
+    virtual void forget_tables() {}
+    /// Memory was added behind what there was, and CPUs that run may be about to use it. They see
+    /// it anyway when they run next. Any thread. Throws HostError.
+    virtual void sync_memory() {}
     /// Writes to guest memory, page by page. The engine owns it.
     virtual DirtyLog& dirty_log() = 0;
     /// Counters of the whole machine, like Vcpu::counters(), but any thread may ask at any time.

@@ -113,6 +113,14 @@ struct CpuState {
     bool operator==(const CpuState&) const = default;
 };
 
+/// The registers that who serves a guest's traps looks at.
+struct GeneralRegisters {
+    std::array<u64, 16> gpr{};
+    u64 rip = 0;
+    u64 rflags = 2;
+    bool operator==(const GeneralRegisters&) const = default;
+};
+
 /// The state after power-on (SDM 3A, 9.1.1): real mode at f000:fff0. `bootstrap` false: an
 /// application processor, waiting for a start-up IPI.
 CpuState reset_state(bool bootstrap);

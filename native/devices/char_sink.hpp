@@ -23,6 +23,17 @@ class CharSink {
     virtual void set_ready_callback(std::function<void()> callback) { (void)callback; }
 };
 
+/// Takes what the outside types at a console: a UART, a port of a virtio console.
+class CharPort {
+  public:
+    virtual ~CharPort() = default;
+    /// Offers bytes; returns how many were taken.
+    virtual std::size_t receive(std::span<const u8> bytes) = 0;
+    /// `callback` runs, on any thread and without locks held, when receive() took less than offered
+    /// and there is room again.
+    virtual void set_room_callback(std::function<void()> callback) = 0;
+};
+
 /// Collects bytes and passes them on at a newline, after kBatch bytes, or kIdle after the first of
 /// them: few calls, order kept, and nothing a person could notice as a delay.
 class OutputBatch {

@@ -17,7 +17,7 @@
 
 namespace polyvisor::devices {
 
-class Serial final : public Device {
+class Serial final : public Device, public CharPort {
   public:
     static constexpr unsigned kFifoSize = 16;
 
@@ -52,11 +52,9 @@ class Serial final : public Device {
     State state() const;
 
     /// Offers bytes from the outside; returns how many were taken (0..room()).
-    std::size_t receive(std::span<const u8> bytes);
+    std::size_t receive(std::span<const u8> bytes) override;
     std::size_t room() const;
-    /// Called, on a vCPU's thread and without locks held, when receive() took less than offered and
-    /// there is room again.
-    void set_room_callback(std::function<void()> callback);
+    void set_room_callback(std::function<void()> callback) override;
     /// A break condition on the line.
     void receive_break();
     /// Passes collected output to the sink now (pause, end of the machine).

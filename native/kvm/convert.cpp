@@ -47,8 +47,9 @@ void to_kvm(const DescriptorTable& table, kvm_dtable& t) {
 
 // --- Registers -----------------------------------------------------------------------------------
 
-void to_kvm(const CpuState& state, kvm_regs& regs) {
-    const auto& r = state.gpr;
+template <class Registers>
+static void pack(const Registers& from, kvm_regs& regs) {
+    const auto& r = from.gpr;
     regs.rax = r[kRax];
     regs.rbx = r[kRbx];
     regs.rcx = r[kRcx];
@@ -65,15 +66,32 @@ void to_kvm(const CpuState& state, kvm_regs& regs) {
     regs.r13 = r[13];
     regs.r14 = r[14];
     regs.r15 = r[15];
-    regs.rip = state.rip;
-    regs.rflags = state.rflags;
+    regs.rip = from.rip;
+    regs.rflags = from.rflags;
+}
+
+template <class Registers>
+static void unpack(const kvm_regs& regs, Registers& to) {
+    to.gpr = {regs.rax, regs.rcx, regs.rdx, regs.rbx, regs.rsp, regs.rbp, regs.rsi, regs.rdi,
+              regs.r8,  regs.r9,  regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15};
+    to.rip = regs.rip;
+    to.rflags = regs.rflags;
+}
+
+void to_kvm(const CpuState& state, kvm_regs& regs) {
+    pack(state, regs);
 }
 
 void from_kvm(const kvm_regs& regs, CpuState& state) {
-    state.gpr = {regs.rax, regs.rcx, regs.rdx, regs.rbx, regs.rsp, regs.rbp, regs.rsi, regs.rdi,
-                 regs.r8,  regs.r9,  regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15};
-    state.rip = regs.rip;
-    state.rflags = regs.rflags;
+    unpack(regs, state);
+}
+
+void to_kvm(const GeneralRegisters& registers, kvm_regs& regs) {
+    pack(registers, regs);
+}
+
+void from_kvm(const kvm_regs& regs, GeneralRegisters& registers) {
+    unpack(regs, registers);
 }
 
 void to_kvm(const CpuState& state, kvm_sregs& sregs) {

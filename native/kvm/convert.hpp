@@ -11,6 +11,8 @@ namespace polyvisor::kvm {
 
 void to_kvm(const CpuState& state, kvm_regs& regs);
 void from_kvm(const kvm_regs& regs, CpuState& state);
+void to_kvm(const GeneralRegisters& registers, kvm_regs& regs);
+void from_kvm(const kvm_regs& regs, GeneralRegisters& registers);
 
 /// Leaves apic_base and cr8 alone: they are the local APIC's.
 void to_kvm(const CpuState& state, kvm_sregs& sregs);

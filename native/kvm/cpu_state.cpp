@@ -33,8 +33,6 @@ namespace polyvisor::kvm {
 
 namespace {
 
-constexpr std::size_t kXsaveSize = sizeof(kvm_xsave);
-
 /// What KVM keeps of a vCPU, as far as it is part of CpuState.
 struct Parts {
     kvm_mp_state activity{};
@@ -54,15 +52,23 @@ struct Refusal {
     u32 msr = 0;  // KVM_SET_MSRS
 };
 
+std::vector<u8> read_xsave(const KvmVcpu& vcpu) {
+    std::vector<u8> area(vcpu.xsave_size());
+    call_ioctl(vcpu.fd(), area.size() > sizeof(kvm_xsave) ? KVM_GET_XSAVE2 : KVM_GET_XSAVE,
+               area.data());
+    return area;
+}
+
 /// A vCPU as this file needs it.
 class Access {
   public:
     explicit Access(const KvmVcpu& vcpu)
         : vcpu_(vcpu),
           places_(msr_places(vcpu.vm().system(), vcpu.vm().config().cpuid)),
-          large_(vcpu.vm().check(KVM_CAP_XSAVE2)),
           has_xcrs_(vcpu.vm().check(KVM_CAP_XCRS) > 0) {}
 
+    bool has_xcrs() const { return has_xcrs_; }
+    std::size_t xsave_size() const { return vcpu_.xsave_size(); }
     const CpuidPolicy& policy() const { return vcpu_.vm().config().cpuid; }
     std::span<const MsrPlace> places() const { return places_; }
 
@@ -73,8 +79,7 @@ class Access {
         get(KVM_GET_REGS, &p.regs);
         get(KVM_GET_SREGS, &p.sregs);
         if (has_xcrs_) get(KVM_GET_XCRS, &p.xcrs);
-        p.xsave.resize(std::max(kXsaveSize, static_cast<std::size_t>(large_)));
-        get(p.xsave.size() > kXsaveSize ? KVM_GET_XSAVE2 : KVM_GET_XSAVE, p.xsave.data());
+        p.xsave = read_xsave(vcpu_);
         get(KVM_GET_DEBUGREGS, &p.debug);
         p.msrs = read_msrs(vcpu_.fd(), places_);
         return p;
@@ -149,7 +154,6 @@ class Access {
 
     const KvmVcpu& vcpu_;
     std::vector<MsrPlace> places_;
-    int large_;  // KVM_CAP_XSAVE2: bytes of the XSAVE area
     bool has_xcrs_;
 };
 
@@ -236,6 +240,48 @@ const char* lost(const CpuState& got, const CpuState& want) {
     return nullptr;
 }
 
+// KVM's own values of a new vCPU (SDM 3A, figure 11-5): where its local APIC is, and whether it is
+// CPU 0.
+u64 apic_base_of(u32 id) {
+    return 0xfee0'0800 | (id == 0 ? bit(8) : 0);
+}
+
+bool for_system_calls(u32 msr) {
+    return (msr >= 0xc000'0081 && msr <= 0xc000'0084) || msr == 0xc000'0102 ||
+           (msr >= 0x174 && msr <= 0x176);
+}
+
+// A vCPU that runs nothing but a program: nobody asks what it was before, and each ioctl of a vCPU
+// costs several microseconds where KVM runs below another hypervisor.
+void write_bare(KvmVcpu& vcpu, const Access& access, const CpuState& state) {
+    Parts parts;
+    parts.sregs.apic_base = apic_base_of(vcpu.id());
+    parts.xcrs.nr_xcrs = access.has_xcrs();
+    parts.xsave.resize(access.xsave_size());
+    for (const MsrPlace& place : access.places()) {
+        if (for_system_calls(place.index)) parts.msrs.push_back({.index = place.index});
+    }
+    to_kvm(state, parts.events);
+    to_kvm(state, parts.regs);
+    to_kvm(state, parts.sregs);
+    to_kvm(state, parts.xcrs);
+    to_kvm(state.fpu, access.policy().features.has(Feature::kAvx), parts.xsave);
+    to_kvm(state, parts.debug);
+    for (kvm_msr_entry& entry : parts.msrs) {
+        const auto& places = access.places();
+        const auto place = std::find_if(places.begin(), places.end(), [&](const MsrPlace& one) {
+            return one.index == entry.index;
+        });
+        entry.data = place->get(state.msr);
+    }
+    Parts before;  // a new one has other control registers, and nothing to forget
+    if (!vcpu.fresh()) before.sregs = parts.sregs;
+    Refusal refusal;
+    if (access.write(parts, before, refusal)) return;
+    if (refusal.error != EINVAL) throw_ioctl(refusal.request, refusal.error);
+    refused(vcpu, access, state, refusal);
+}
+
 }  // namespace
 
 CpuState read_cpu(const KvmVcpu& vcpu) {
@@ -260,6 +306,7 @@ CpuState read_cpu(const KvmVcpu& vcpu) {
 void write_cpu(KvmVcpu& vcpu, const CpuState& state) {
     const Access access(vcpu);
     validate(state, access.policy());
+    if (vcpu.vm().bare()) return write_bare(vcpu, access, state);
     const Parts before = access.read();
     Parts wanted = before;
     convert(vcpu, access, state, wanted);
@@ -279,6 +326,18 @@ void write_cpu(KvmVcpu& vcpu, const CpuState& state) {
     }
     if (refusal.error != EINVAL) throw_ioctl(refusal.request, refusal.error);
     refused(vcpu, access, state, refusal);
+}
+
+FpuState read_fpu(const KvmVcpu& vcpu) {
+    FpuState fpu;
+    from_kvm(read_xsave(vcpu), fpu);
+    return fpu;
+}
+
+void write_fpu(KvmVcpu& vcpu, const FpuState& fpu) {
+    std::vector<u8> xsave(vcpu.xsave_size());
+    to_kvm(fpu, vcpu.vm().config().cpuid.features.has(Feature::kAvx), xsave);
+    call_ioctl(vcpu.fd(), KVM_SET_XSAVE, xsave.data());
 }
 
 }  // namespace polyvisor::kvm

@@ -18,6 +18,10 @@ CpuState read_cpu(const KvmVcpu& vcpu);
 /// refuses a part of it; HostError otherwise.
 void write_cpu(KvmVcpu& vcpu, const CpuState& state);
 
+/// The FPU's registers alone. What they are set to is not checked. Throw HostError.
+FpuState read_fpu(const KvmVcpu& vcpu);
+void write_fpu(KvmVcpu& vcpu, const FpuState& fpu);
+
 /// Registers that kvm_run carries with an exit (KVM_CAP_SYNC_REGS).
 void to_kvm(const CpuState& state, kvm_regs& regs);
 void from_kvm(const kvm_regs& regs, CpuState& state);

@@ -13,7 +13,8 @@ namespace {
 class KvmEngine final : public Engine {
   public:
     KvmEngine(std::shared_ptr<const System> system, const EngineConfig& config)
-        : vm_(std::move(system), config), stats_(vm_.fd()) {}
+        : vm_(std::move(system), config),
+          stats_(vm_.bare() ? StatsFile(OwnedFd()) : StatsFile(vm_.fd())) {}
 
     Caps caps() const override {
         return {.nested_paging = true,
@@ -22,6 +23,10 @@ class KvmEngine final : public Engine {
     }
     const char* name() const override { return "kvm"; }
     InterruptChips* chips() override { return vm_.chips(); }
+    void sync_memory() override { vm_.memslots().sync(); }
+    void forget_tables() override {
+        if (!vm_.system().nested_paging()) vm_.memslots().forget_tables();
+    }
     DirtyLog& dirty_log() override { return vm_.dirty_log(); }
     std::vector<Vcpu::Counter> counters() const override {
         BusHooks::Counts hooks = vm_.bus_hooks().counts();

@@ -141,6 +141,14 @@ KvmVcpu::Then KvmVcpu::handle_io(Exit& exit) {
     const auto& io = run_->io;
     u8* data = reinterpret_cast<u8*>(run_) + io.data_offset;
     bool write = io.direction == KVM_EXIT_IO_OUT;
+    if (vm_.bare()) {
+        exit = {};
+        exit.reason = ExitReason::kIo;
+        exit.write = write;
+        exit.size = io.size;
+        exit.address = io.port;
+        return Then::kReturn;
+    }
     incomplete_ = true;
     bool claimed = true;
     for (u32 n = 0; n < io.count; ++n, data += io.size) {

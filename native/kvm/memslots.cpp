@@ -5,9 +5,17 @@
 #include <string>
 
 #include "base/error.hpp"
+#include "base/mapping.hpp"
 #include "kvm/ioctl.hpp"
 
 namespace polyvisor::kvm {
+
+namespace {
+
+// Where no machine and no process has anything, below any CPU's limit of physical addresses.
+constexpr u64 kNowhere = (u64{1} << 36) - kPageSize;
+
+}  // namespace
 
 // A page that no vCPU can write needs no log; the host's own writes are noted by GuestMemory.
 u32 Memslots::flags_of(const GuestMemory::Region& region) const {
@@ -37,19 +45,21 @@ void Memslots::set(Slot& slot, u32 flags) const {
 
 void Memslots::sync() {
     const auto& regions = memory_.regions();
-    if (synced_.load(std::memory_order_acquire) == regions.size()) return;
+    const std::size_t count = memory_.count();
+    if (synced_.load(std::memory_order_acquire) == count) return;
     std::lock_guard lock(mutex_);
-    if (regions.size() > limit_) {
-        throw ConfigError("memory", "guest memory has " + std::to_string(regions.size()) +
+    if (count > limit_) {
+        throw ConfigError("memory", "guest memory has " + std::to_string(count) +
                                         " regions, but this host's KVM has only " +
                                         std::to_string(limit_) +
                                         " memory slots; join adjacent regions");
     }
-    for (const auto& region : regions) {
+    for (std::size_t n = 0; n < count; ++n) {
+        const GuestMemory::Region* region = regions[n].get();
         bool known = std::any_of(slots_.begin(), slots_.end(),
-                                 [&](const Slot& slot) { return slot.region == region.get(); });
+                                 [&](const Slot& slot) { return slot.region == region; });
         if (known) continue;
-        Slot slot{static_cast<u32>(slots_.size()), region.get(), 0};
+        Slot slot{static_cast<u32>(slots_.size()), region, 0};
         set(slot, flags_of(*region));
         slots_.push_back(slot);
     }
@@ -80,6 +90,19 @@ void Memslots::log_dirty(bool on) {
         }
         throw;
     }
+}
+
+void Memslots::forget_tables() const {
+    std::lock_guard lock(mutex_);
+    kvm_userspace_memory_region slot{};
+    slot.slot = limit_ - 1;
+    slot.guest_phys_addr = kNowhere;
+    slot.memory_size = kPageSize;
+    Mapping page(-1, 0, kPageSize);
+    slot.userspace_addr = reinterpret_cast<u64>(page.data());
+    call_ioctl(vm_fd_, KVM_SET_USER_MEMORY_REGION, &slot);
+    slot.memory_size = 0;
+    call_ioctl(vm_fd_, KVM_SET_USER_MEMORY_REGION, &slot);
 }
 
 std::vector<Memslots::Slot> Memslots::slots() const {

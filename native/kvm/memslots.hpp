@@ -40,6 +40,9 @@ class Memslots {
     /// adds later. Switching it on (again) begins with every page clean. Throws HostError, and then
     /// none is switched on.
     void log_dirty(bool on);
+    /// The shadows of the guest's page tables: KVM throws all of them away whenever a slot goes,
+    /// whichever it is. Throws HostError.
+    void forget_tables() const;
     /// A copy; slots only ever get more.
     std::vector<Slot> slots() const;
 

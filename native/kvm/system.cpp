@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <utility>
 
 #include "base/mapping.hpp"
 #include "kvm/ioctl.hpp"
@@ -95,6 +96,19 @@ std::vector<u32> read_msrs(int fd) {
     }
 }
 
+// As KVM's module for the host's CPU tells; a KVM that has no such module has shadows.
+bool has_nested_paging() {
+    for (const char* path :
+         {"/sys/module/kvm_intel/parameters/ept", "/sys/module/kvm_amd/parameters/npt"}) {
+        const OwnedFd file(::open(path, O_RDONLY | O_CLOEXEC));
+        char answer = 0;
+        if (file && ::read(file.get(), &answer, 1) == 1 && (answer == 'Y' || answer == '1')) {
+            return true;
+        }
+    }
+    return false;
+}
+
 bool below_a_hypervisor() {
     unsigned a, b, c, d;
     return __get_cpuid(1, &a, &b, &c, &d) && c >> 31;
@@ -151,6 +165,7 @@ System::System(std::string path) : path_(std::move(path)), fd_(open_device(path_
                                    ", and only " + std::to_string(KVM_API_VERSION) +
                                    " is known; use a Linux kernel since 2.6.22");
     }
+    nested_paging_ = has_nested_paging();
     try {
         vcpu_mmap_size_ = static_cast<u64>(call_ioctl(fd(), KVM_GET_VCPU_MMAP_SIZE));
         cpuid_ = read_cpuid(fd());
@@ -230,6 +245,31 @@ u64 System::tsc_khz() const {
         khz = call_ioctl(vcpu.get(), KVM_GET_TSC_KHZ);
     }
     return tsc_khz_ = static_cast<u64>(khz);
+}
+
+void System::note_vcpu_without_lapic() const {
+    std::lock_guard lock(mutex_);
+    if (kept_vcpu_ || !std::exchange(had_vcpu_, true)) return;
+    const int vm = try_ioctl(fd(), KVM_CREATE_VM, 0L);
+    if (vm < 0) return;  // nothing is lost but time
+    kept_vm_ = OwnedFd(vm);
+    const int vcpu = try_ioctl(vm, KVM_CREATE_VCPU, 0L);
+    if (vcpu >= 0) kept_vcpu_ = OwnedFd(vcpu);
+}
+
+bool System::tsc_offset_works(int vcpu_fd) const {
+    std::lock_guard lock(mutex_);
+    if (tsc_offset_works_ >= 0) return tsc_offset_works_ != 0;
+    s64 offset = -1'000'000;
+    kvm_device_attr attribute{};
+    attribute.group = KVM_VCPU_TSC_CTRL;
+    attribute.attr = KVM_VCPU_TSC_OFFSET;
+    attribute.addr = reinterpret_cast<u64>(&offset);
+    bool works = try_ioctl(vcpu_fd, KVM_SET_DEVICE_ATTR, &attribute) == 0;
+    const s64 given = std::exchange(offset, 0);
+    works = works && try_ioctl(vcpu_fd, KVM_GET_DEVICE_ATTR, &attribute) == 0 && offset == given;
+    tsc_offset_works_ = works;
+    return works;
 }
 
 bool System::xsetbv_works() const {

@@ -44,6 +44,17 @@ class System {
     OwnedFd create_vm() const;
     /// The host's TSC frequency as KVM counts; needs a VM, so that it is asked when first wanted.
     u64 tsc_khz() const;
+    /// To be called for each vCPU without a local APIC of KVM's. KVM patches its own code, on all
+    /// of the host's CPUs, when the first one in the host comes and when the last one goes, which
+    /// takes longer than all the rest of making and closing a vCPU. So from the second one on, one
+    /// is kept that does nothing.
+    void note_vcpu_without_lapic() const;
+    /// Whether KVM_VCPU_TSC_OFFSET does what it says: there are KVMs that take the offset and then
+    /// read as 0. `vcpu_fd`: one that has not run yet; asked once.
+    bool tsc_offset_works(int vcpu_fd) const;
+    /// Whether the CPU walks the guest's page tables itself (EPT, NPT); otherwise KVM keeps shadows
+    /// of them, and believes these until the guest writes to its tables.
+    bool nested_paging() const { return nested_paging_; }
     /// Whether a guest that writes XCR0 really gets what it wrote. Every CPU intercepts the write
     /// for KVM; QEMU's TCG, when it plays an AMD CPU, does not, and the guest loses its extended
     /// state at its next exit. So below another hypervisor it is tried in a guest, once.
@@ -56,6 +67,7 @@ class System {
     std::string path_;
     OwnedFd fd_;
     u64 vcpu_mmap_size_ = 0;
+    bool nested_paging_ = false;
     std::vector<kvm_cpuid_entry2> cpuid_;
     std::vector<u32> msrs_;
     mutable std::mutex mutex_;  // a leaf, over what is asked late
@@ -63,6 +75,9 @@ class System {
     mutable int spare_pid_ = 0;
     mutable u64 tsc_khz_ = 0;
     mutable int xsetbv_ = -1;  // not known yet
+    mutable int tsc_offset_works_ = -1;
+    mutable bool had_vcpu_ = false;  // without a local APIC
+    mutable OwnedFd kept_vm_, kept_vcpu_;
 };
 
 /// Features, TSC and interrupt chips for the CPUID policy and the machine. Makes a VM, once.

@@ -1,12 +1,15 @@
 #include "kvm/vcpu.hpp"
 
+#include <pthread.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
 #include "kvm/bus_hooks.hpp"
 #include "kvm/chips.hpp"
+#include "kvm/convert.hpp"
 #include "kvm/cpu_state.hpp"
 #include "kvm/exit_names.hpp"
 #include "kvm/ioctl.hpp"
@@ -26,6 +29,15 @@ void set_immediate_exit(kvm_run& run, u8 on) {
     std::atomic_ref<u8>(run.immediate_exit).store(on, std::memory_order_seq_cst);
 }
 
+thread_local int known_thread = 0;
+
+// gettid(), without a system call at every exit.
+int this_thread() {
+    static const int forks = ::pthread_atfork(nullptr, nullptr, [] { known_thread = 0; });
+    if (PV_UNLIKELY(known_thread == 0)) known_thread = ::gettid();
+    return forks == 0 ? known_thread : ::gettid();
+}
+
 // The thread that is about to enter the guest, so that requests find it.
 class Entered {
   public:
@@ -33,7 +45,7 @@ class Entered {
     Entered(std::atomic<int>& thread, u32 cpu) : thread_(thread) {
         accept_kicks();
         int nobody = 0;
-        if (thread_.compare_exchange_strong(nobody, ::gettid())) return;
+        if (thread_.compare_exchange_strong(nobody, this_thread())) return;
         throw StateMismatch("CPU " + std::to_string(cpu) + " is running on another thread already");
     }
     ~Entered() { thread_ = 0; }
@@ -49,7 +61,7 @@ KvmVcpu::KvmVcpu(Vm& vm, u32 id, LocalInterrupts* lapic)
       id_(id),
       lapic_(lapic),
       fd_(vm.create_vcpu(id)),
-      stats_(fd_.get()),
+      stats_(vm.bare() ? StatsFile(OwnedFd()) : StatsFile(fd_.get())),
       mapping_(fd_.get(), 0, vm.system().vcpu_mmap_size()),
       run_(reinterpret_cast<kvm_run*>(mapping_.data())),
       cpuid_(make_cpuid(vm.config().cpuid, vm.system(), id)) {
@@ -57,7 +69,9 @@ KvmVcpu::KvmVcpu(Vm& vm, u32 id, LocalInterrupts* lapic)
     cpuid->nent = static_cast<u32>(cpuid_.size());
     std::copy(cpuid_.begin(), cpuid_.end(), cpuid->entries);
     call_ioctl(fd(), KVM_SET_CPUID2, cpuid.head());
-    if (vm.config().cpuid.features.has(Feature::kArchCapabilities)) {
+    // What a program at CPL 3 never sees.
+    const bool whole = !vm.bare();
+    if (whole && vm.config().cpuid.features.has(Feature::kArchCapabilities)) {
         WithEntries<kvm_msrs> msrs(1);
         msrs->nmsrs = 1;
         msrs->entries[0].index = kArchCapabilitiesMsr;
@@ -65,17 +79,20 @@ KvmVcpu::KvmVcpu(Vm& vm, u32 id, LocalInterrupts* lapic)
         call_ioctl(fd(), KVM_SET_MSRS, msrs.head());
     }
 
-    u64 host_khz = static_cast<u64>(call_ioctl(fd(), KVM_GET_TSC_KHZ, 0L));
+    u64 host_khz = vm.system().tsc_khz();
     u64 khz = vm_.config().clock.tsc_khz();
     if (khz != host_khz) {
         call_ioctl(fd(), KVM_SET_TSC_KHZ, khz);
         host_khz = static_cast<u64>(call_ioctl(fd(), KVM_GET_TSC_KHZ, 0L)) == khz ? host_khz : khz;
     }
     vm_.clock().set_host_khz(host_khz);
-    tsc_attribute_ = can_set_tsc_offset();
-    if (vm_.config().cpuid.features.has(Feature::kMca)) {
+    tsc_attribute_ = vm_.system().tsc_offset_works(fd());
+    if (whole && vm_.config().cpuid.features.has(Feature::kMca)) {
         u64 banks = kMceBanks;
         try_ioctl(fd(), KVM_X86_SETUP_MCE, &banks);
+    }
+    if (vm_.bare() && (vm_.check(KVM_CAP_SYNC_REGS) & KVM_SYNC_X86_REGS)) {
+        run_->kvm_valid_regs = KVM_SYNC_X86_REGS;
     }
     vm_.register_vcpu(id_, this);
     if (id_ == 0) vm_.bus_hooks().set_ring(run_);
@@ -100,7 +117,7 @@ void KvmVcpu::request(u32 bits) {
     if ((before & bits) == bits) return;
     set_immediate_exit(*run_, 1);
     int thread = thread_.load();
-    if (thread != 0 && thread != ::gettid()) kick(thread);
+    if (thread != 0 && thread != this_thread()) kick(thread);
     if (user_lapic()) {
         std::lock_guard lock(halt_mutex_);
         halt_wake_.notify_all();
@@ -209,6 +226,8 @@ Exit KvmVcpu::run() {
     vm_.memslots().sync();
     sync_tsc(false);
     Exit exit;
+    constexpr int kMostFaults = 100, kFaultMicroseconds = 100;
+    int faults = 0;
     for (;;) {
         if (PV_UNLIKELY(requests_.load(std::memory_order_relaxed) != 0)) {
             if (take_requests(exit)) return exit;
@@ -232,11 +251,17 @@ Exit KvmVcpu::run() {
         int error = ::ioctl(fd(), KVM_RUN, 0) < 0 ? errno : 0;
         vm_.bus_hooks().drain();
         incomplete_ = false;
+        registers_here_ = run_->kvm_valid_regs != 0 && error == 0;
         u32 reason = run_->exit_reason;
         if (PV_UNLIKELY(error != 0)) {
             if (error == EINTR || error == EAGAIN) {
                 set_immediate_exit(*run_, 0);
                 reason = KVM_EXIT_INTR;
+            } else if (error == EFAULT && vm_.config().port_exits && ++faults < kMostFaults) {
+                // Another thread is about to change the rights of that memory, and back (as process
+                // VMs do, to make KVM forget what it knew).
+                ::usleep(kFaultMicroseconds);
+                continue;
             } else {
                 fail(exit, "KVM_RUN failed: " + std::string(std::strerror(error)));
                 return exit;
@@ -304,18 +329,6 @@ s64 KvmVcpu::kernel_tsc_offset() const {
     return offset;
 }
 
-// There are KVMs that take the offset and then read as 0.
-bool KvmVcpu::can_set_tsc_offset() const {
-    s64 offset = -1'000'000;
-    kvm_device_attr attribute{};
-    attribute.group = KVM_VCPU_TSC_CTRL;
-    attribute.attr = KVM_VCPU_TSC_OFFSET;
-    attribute.addr = reinterpret_cast<u64>(&offset);
-    if (try_ioctl(fd(), KVM_SET_DEVICE_ATTR, &attribute) < 0) return false;
-    const s64 given = std::exchange(offset, 0);
-    return try_ioctl(fd(), KVM_GET_DEVICE_ATTR, &attribute) == 0 && offset == given;
-}
-
 // Writes of the guest to its TSC move KVM's offset; the difference to what KVM was given is exact.
 u64 KvmVcpu::tsc_offset() const {
     if (!tsc_attribute_ || clock_generation_ == 0) return tsc_offset_;
@@ -349,7 +362,9 @@ void KvmVcpu::sync_tsc(bool anew) {
 // --- State ---------------------------------------------------------------------------------------
 
 CpuState KvmVcpu::save() const {
+    vm_.check_process();
     check_standing();
+    flush_registers();
     CpuState state = read_cpu(*this);
     if (user_lapic() || activity_ == Activity::kShutdown) state.activity = activity_;
     state.msr.tsc_offset = tsc_offset();
@@ -358,17 +373,72 @@ CpuState KvmVcpu::save() const {
 
 // KVM answers for a vCPU's state only between two KVM_RUNs, and makes the caller wait until then.
 void KvmVcpu::check_standing() const {
-    vm_.check_process();
     int thread = thread_.load();
-    if (thread == 0 || thread == ::gettid()) return;
+    if (thread == 0 || thread == this_thread()) return;
     throw StateMismatch("CPU " + std::to_string(id_) +
                         " is running; its state can be had when it stands still");
 }
 
-void KvmVcpu::restore(const CpuState& state) {
+// With KVM_CAP_SYNC_REGS the registers come with each exit, and go back with the next KVM_RUN.
+GeneralRegisters KvmVcpu::general() const {
     check_standing();
+    kvm_regs regs{};
+    if (registers_here_) {
+        regs = run_->s.regs.regs;
+    } else {
+        call_ioctl(fd(), KVM_GET_REGS, &regs);
+    }
+    GeneralRegisters registers;
+    from_kvm(regs, registers);
+    return registers;
+}
+
+void KvmVcpu::set_general(const GeneralRegisters& registers) {
+    check_standing();
+    kvm_regs regs{};
+    to_kvm(registers, regs);
+    if (run_->kvm_valid_regs & KVM_SYNC_X86_REGS) {
+        run_->s.regs.regs = regs;
+        run_->kvm_dirty_regs |= KVM_SYNC_X86_REGS;
+        registers_here_ = true;
+    } else {
+        call_ioctl(fd(), KVM_SET_REGS, &regs);
+    }
+}
+
+std::size_t KvmVcpu::xsave_size() const {
+    if (xsave_size_ == 0) {
+        const int large = vm_.check(KVM_CAP_XSAVE2);
+        xsave_size_ = std::max(sizeof(kvm_xsave), static_cast<std::size_t>(large));
+    }
+    return xsave_size_;
+}
+
+FpuState KvmVcpu::fpu() const {
+    check_standing();
+    return read_fpu(*this);
+}
+
+void KvmVcpu::set_fpu(const FpuState& fpu) {
+    check_standing();
+    write_fpu(*this, fpu);
+}
+
+// What lies in kvm_run for the next KVM_RUN, for those who ask KVM itself.
+void KvmVcpu::flush_registers() const {
+    if (!(run_->kvm_dirty_regs & KVM_SYNC_X86_REGS)) return;
+    call_ioctl(fd(), KVM_SET_REGS, &run_->s.regs.regs);
+    run_->kvm_dirty_regs = 0;
+}
+
+void KvmVcpu::restore(const CpuState& state) {
+    vm_.check_process();
+    check_standing();
+    run_->kvm_dirty_regs = 0;
+    registers_here_ = false;
     vm_.memslots().sync();
     write_cpu(*this, state);
+    fresh_ = false;
     bool in_kernel = !user_lapic() && state.activity != Activity::kShutdown;
     activity_ = in_kernel ? Activity::kRunning : state.activity;
     tsc_offset_ = state.msr.tsc_offset;

@@ -30,6 +30,10 @@ class KvmVcpu final : public Vcpu {
     void raise_int3() override { debug_.raise_int3(); }
     CpuState save() const override;
     void restore(const CpuState& state) override;
+    GeneralRegisters general() const override;
+    void set_general(const GeneralRegisters& registers) override;
+    FpuState fpu() const override;
+    void set_fpu(const FpuState& fpu) override;
     u32 id() const override { return id_; }
     bool translate(u64 gva, u64& gpa) const override;
     std::vector<Counter> counters() const override { return {}; }
@@ -52,8 +56,12 @@ class KvmVcpu final : public Vcpu {
     const std::vector<kvm_cpuid_entry2>& cpuid() const { return cpuid_; }
     /// True when no local APIC of KVM's delivers interrupts.
     bool user_lapic() const { return vm_.irqchip() == IrqchipMode::kUser; }
+    /// As KVM made it: restore() has not been called yet.
+    bool fresh() const { return fresh_; }
     /// Guest TSC minus the machine clock's, as CpuState.msr.tsc_offset.
     u64 tsc_offset() const;
+    /// Bytes of KVM's XSAVE area for it.
+    std::size_t xsave_size() const;
 
   private:
     enum Request : u32 { kStop = 1, kInterrupt = 2, kNmi = 4, kInit = 8, kSipi = 16 };
@@ -70,6 +78,7 @@ class KvmVcpu final : public Vcpu {
     void enter_init();
     void enter_sipi(u8 vector);
     void complete();
+    void flush_registers() const;
     void check_standing() const;
     Then end_step(Then then, Exit& exit);
 
@@ -83,7 +92,6 @@ class KvmVcpu final : public Vcpu {
 
     void sync_tsc(bool anew);
     s64 kernel_tsc_offset() const;
-    bool can_set_tsc_offset() const;
 
     Vm& vm_;
     const u32 id_;
@@ -101,8 +109,11 @@ class KvmVcpu final : public Vcpu {
     std::condition_variable halt_wake_;
     Activity activity_ = Activity::kRunning;  // kUser only: KVM does not know of halting then
     bool halt_reported_ = false;
-    bool incomplete_ = false;  // KVM has to finish an instruction whose access we served
-    u8 cr8_ = 0;               // as our local APIC last heard
+    bool fresh_ = true;
+    mutable std::size_t xsave_size_ = 0;  // 0: KVM has not been asked
+    bool registers_here_ = false;         // kvm_run has the registers as they are
+    bool incomplete_ = false;             // KVM has to finish an instruction whose access we served
+    u8 cr8_ = 0;                          // as our local APIC last heard
     bool interrupt_waiting_ = false;
     VcpuDebug debug_{*this};
     std::optional<Exit> held_exit_;  // a step that ended while an access was completed

@@ -34,7 +34,7 @@ Vm::Vm(std::shared_ptr<const System> system, const EngineConfig& config)
                                            static_cast<unsigned>(check(KVM_CAP_NR_MEMSLOTS)));
     clock_ = std::make_unique<GuestClock>(fd(), config_.clock);
     if (config_.irqchip != IrqchipMode::kUser) chips_ = std::make_unique<Chips>(*this);
-    install_msr_filter(*this);
+    if (!bare()) install_msr_filter(*this);
     dirty_log_ = std::make_unique<KvmDirtyLog>(*this);
     hooks_ = std::make_unique<BusHooks>(*this);
 }
@@ -57,6 +57,7 @@ OwnedFd Vm::create_vcpu(u32 id) const {
                             " was made already; KVM makes each once in the life of a machine");
     }
     if (fd < 0) throw_ioctl(KVM_CREATE_VCPU, -fd);
+    if (irqchip() == IrqchipMode::kUser) system_->note_vcpu_without_lapic();
     return OwnedFd(fd);
 }
 

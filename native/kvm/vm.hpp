@@ -30,6 +30,8 @@ class Vm {
     int check(int capability) const;
     const EngineConfig& config() const { return config_; }
     IrqchipMode irqchip() const { return config_.irqchip; }
+    /// A program and nothing else: EngineConfig::port_exits.
+    bool bare() const { return config_.port_exits; }
 
     Memslots& memslots() { return *memslots_; }
     GuestClock& clock() { return *clock_; }

@@ -184,6 +184,7 @@ void Machine::kick() {
 // All vCPUs have left the guest, paused or at the end. On the thread of the last one.
 void Machine::settle() {
     breakpoints_.withdraw();
+    virtio_.pause();
     if (control_.phase() != RunControl::Phase::kPaused) return;
     clock_.pause();
     pc_->flush();
@@ -212,6 +213,7 @@ void Machine::start() {
     start_loop();
     note_views();
     clock_.resume();
+    virtio_.resume();
     arm_breakpoints();
     if (!control_.start()) {  // ended meanwhile
         breakpoints_.withdraw();
@@ -262,6 +264,7 @@ void Machine::resume() {
     RegistersChange change(*this);
     note_views();
     clock_.resume();
+    virtio_.resume();
     arm_breakpoints();
     if (control_.resume()) return;
     breakpoints_.withdraw();
@@ -326,6 +329,7 @@ void Machine::close_consoles() {
     pc_->flush();
     for (unsigned port = 0; port < pc_->serial_ports(); ++port) pc_->console(port)->close();
     pc_->debug_console()->close();
+    for (const auto& place : virtio_.places()) place.device->machine_ended();
 }
 
 Vcpu& Machine::vcpu(u32 index) {
@@ -368,10 +372,12 @@ void Machine::step(u32 index, u64 instructions) {
     note_views();
     Vcpu& vcpu = *vcpus_[index];
     clock_.resume();
+    virtio_.resume();
     breakpoints_.forget_armed();
     if (!engine_->caps().instruction_budget) {
         single_step(vcpu, *memory_, instructions,
                     [&](Exit& exit) { return serve_step(index, exit); });
+        virtio_.pause();
         clock_.pause();
         return;
     }
@@ -383,6 +389,7 @@ void Machine::step(u32 index, u64 instructions) {
         if (!serve_step(index, exit)) break;
     }
     vcpu.set_instruction_budget(~u64{0});
+    virtio_.pause();
     clock_.pause();
 }
 

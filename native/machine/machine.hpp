@@ -19,6 +19,7 @@
 #include "machine/run_control.hpp"
 #include "machine/statistics.hpp"
 #include "machine/vcpu_thread.hpp"
+#include "machine/virtio_slots.hpp"
 
 namespace polyvisor {
 
@@ -71,6 +72,8 @@ class Machine {
     EventLoop& loop() { return loop_; }
     Log& log() { return log_; }
     Pc& pc() { return *pc_; }
+    VirtioSlots& virtio() { return virtio_; }
+    virtio::Environment virtio_environment() { return {*memory_, loop_, &log_}; }
     Engine& engine() { return *engine_; }
     /// What the CPUs have, as CPUID tells the guest.
     const FeatureSet& cpu_features() const { return cpu_features_; }
@@ -154,6 +157,7 @@ class Machine {
     std::atomic<u64> generation_{1};
     std::unique_ptr<Engine> engine_;
     std::unique_ptr<Pc> pc_;
+    VirtioSlots virtio_{*this};
     std::vector<std::unique_ptr<Vcpu>> vcpus_;
     std::vector<std::unique_ptr<VcpuThread>> threads_;
     std::unique_ptr<HaltWatch> halt_watch_;  // with an engine's own local APICs

@@ -5,6 +5,7 @@
 
 #include "base/error.hpp"
 #include "bus/pod_state.hpp"
+#include "virtio/transport_mmio.hpp"
 
 namespace polyvisor {
 
@@ -17,6 +18,8 @@ std::vector<std::pair<std::string, u64>> PcLayout::values() {
         {"pci_io", kPciIo},
         {"ecam", kEcam},
         {"ecam_size", pci::HostBridge::kEcamSize},
+        {"virtio_mmio", kVirtioMmio},
+        {"virtio_mmio_size", virtio::MmioTransport::kSize},
         {"ioapic", kIoapic},
         {"lapic", kLapic},
         {"acpi_pm_event", kAcpiPm + devices::AcpiPm::kEventOffset},
@@ -100,14 +103,14 @@ Pc::Pc(const PcConfig& config, Clock& clock, Bus& pio, Bus& mmio, Log& log,
     build_chips(config, clock, pio, mmio, log);
 
     for (unsigned port = 0; port < config.serial_ports; ++port) {
-        consoles_.push_back(std::make_shared<SerialConsole>());
+        consoles_.push_back(std::make_shared<devices::HostConsole>());
         auto serial = std::make_shared<devices::Serial>(clock, line(PcLayout::kSerialIrq[port]),
                                                         consoles_.back().get());
         consoles_.back()->attach(*serial);
         claim(pio, PcLayout::kSerial[port], 8, serial);
         serial_.push_back(std::move(serial));
     }
-    debug_output_ = std::make_shared<SerialConsole>();
+    debug_output_ = std::make_shared<devices::HostConsole>();
     debug_console_ = std::make_shared<devices::DebugConsole>(clock, debug_output_.get());
     claim(pio, PcLayout::kDebugConsole, 1, debug_console_);
     claim(pio, PcLayout::kDebugExit, 4, std::make_shared<devices::DebugExit>([end](u32 status) {

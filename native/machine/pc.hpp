@@ -12,6 +12,7 @@
 #include "bus/interrupt_chips.hpp"
 #include "devices/acpi_pm.hpp"
 #include "devices/debug_ports.hpp"
+#include "devices/host_console.hpp"
 #include "devices/serial.hpp"
 #include "irqchip/apic_bus.hpp"
 #include "irqchip/ioapic.hpp"
@@ -19,7 +20,6 @@
 #include "irqchip/lapic.hpp"
 #include "irqchip/pic.hpp"
 #include "irqchip/pit.hpp"
-#include "machine/console.hpp"
 #include "machine/stop_info.hpp"
 #include "memory/guest_memory.hpp"
 #include "pci/host_bridge.hpp"
@@ -33,6 +33,8 @@ struct PcLayout {
     static constexpr u64 kPciMmio = 0xc000'0000, kPciMmioEnd = 0xe000'0000;
     static constexpr u64 kPciIo = 0xc000;
     static constexpr u64 kEcam = 0xe000'0000;
+    static constexpr u64 kVirtioMmio = 0xfea0'0000;  ///< register blocks of virtio-mmio devices
+    static constexpr u32 kVirtioMmioGsi = 20, kVirtioMmioGsis = 4;  ///< which they share
     static constexpr u64 kIoapic = 0xfec0'0000;
     static constexpr u64 kLapic = irqchip::Lapic::kDefaultBase;
     static constexpr u16 kAcpiPm = 0x600;
@@ -81,8 +83,8 @@ class Pc {
     pci::HostBridge& pci() { return *host_bridge_; }
     devices::AcpiPm& acpi() { return *acpi_; }
     unsigned serial_ports() const { return static_cast<unsigned>(serial_.size()); }
-    const std::shared_ptr<SerialConsole>& console(unsigned port) { return consoles_[port]; }
-    const std::shared_ptr<SerialConsole>& debug_console() { return debug_output_; }
+    const std::shared_ptr<devices::HostConsole>& console(unsigned port) { return consoles_[port]; }
+    const std::shared_ptr<devices::HostConsole>& debug_console() { return debug_output_; }
 
     /// What firmware leaves behind: PCI devices placed, the 8259s wired through the boot CPU's
     /// LINT0. Once, when all vCPUs exist and before the machine first runs.
@@ -119,8 +121,8 @@ class Pc {
     irqchip::IrqRouter router_;
     std::vector<std::unique_ptr<IrqLine>> lines_;
     std::shared_ptr<irqchip::Pit> pit_;
-    std::vector<std::shared_ptr<SerialConsole>> consoles_;
-    std::shared_ptr<SerialConsole> debug_output_;
+    std::vector<std::shared_ptr<devices::HostConsole>> consoles_;
+    std::shared_ptr<devices::HostConsole> debug_output_;
     std::vector<std::shared_ptr<devices::Serial>> serial_;
     std::shared_ptr<devices::DebugConsole> debug_console_;
     std::shared_ptr<devices::AcpiPm> acpi_;

@@ -140,7 +140,9 @@ GuestMemory::Region& GuestMemory::insert(std::unique_ptr<Region> region) {
     region->dirty = std::make_unique<std::atomic<u64>[]>(region->bitmap_words());
     auto at = std::find_if(regions_.begin(), regions_.end(),
                            [&](const auto& other) { return other->start > region->start; });
-    return **regions_.insert(at, std::move(region));
+    Region& added = **regions_.insert(at, std::move(region));
+    count_.store(regions_.size(), std::memory_order_release);
+    return added;
 }
 
 GuestMemory::Region& GuestMemory::add(Gpa start, u64 size, std::string name, bool read_only,
@@ -176,8 +178,9 @@ GuestMemory::Region& GuestMemory::add_mapping(Gpa start, Mapping mapping, std::s
 }
 
 const GuestMemory::Region* GuestMemory::find(Gpa gpa) const {
-    for (const auto& region : regions_) {  // a handful: a scan beats a search
-        if (region->contains(gpa.value)) return region.get();
+    const std::size_t count = this->count();
+    for (std::size_t n = 0; n < count; ++n) {  // a handful: a scan beats a search
+        if (regions_[n]->contains(gpa.value)) return regions_[n].get();
     }
     return nullptr;
 }

@@ -46,6 +46,9 @@ HugePages parse_huge_pages(const std::string& name);
 
 class GuestMemory {
   public:
+    /// Regions up to which one behind all others may be added while vCPUs run, by one thread.
+    static constexpr std::size_t kMostLate = 64;
+
     struct Region {
         Gpa start;
         u64 size = 0;
@@ -82,7 +85,7 @@ class GuestMemory {
         void take_dirty(std::span<u64> bitmap) const;
     };
 
-    GuestMemory() = default;
+    GuestMemory() { regions_.reserve(kMostLate); }
     GuestMemory(const GuestMemory&) = delete;
     GuestMemory& operator=(const GuestMemory&) = delete;
 
@@ -142,16 +145,25 @@ class GuestMemory {
     /// must stand still for an exact answer. A foreign region counts as all given.
     static std::vector<Extent> touched(const Region& region);
     /// Gives a region's memory back: it reads as zero afterwards. Throws HostError.
-    void discard(const Region& region);
+    void discard(const Region& region) { discard(region, 0, region.size); }
+    /// The same for the whole pages in [gpa, gpa+size); how many bytes they are. None of read-only
+    /// memory and of add_mapping(). Of larger pages from a pool, what is no whole one is only
+    /// cleared. Throws MemoryRangeError, HostError.
+    u64 discard(Gpa gpa, u64 size);
 
     const std::vector<std::unique_ptr<Region>>& regions() const { return regions_; }
+    /// Of regions(), as other threads may rely on it.
+    std::size_t count() const { return count_.load(std::memory_order_acquire); }
     u64 total_size() const;
 
   private:
     void check_place(Gpa start, u64 size, const std::string& name) const;
     Region& insert(std::unique_ptr<Region> region);
+    void discard(const Region& region, u64 offset, u64 size);
 
-    std::vector<std::unique_ptr<Region>> regions_;  // sorted by start; fixed once a machine runs
+    std::vector<std::unique_ptr<Region>>
+        regions_;  // sorted by start; what is there when a machine runs stays
+    std::atomic<std::size_t> count_{0};
     WriteObserver observer_;
 };
 

@@ -73,13 +73,24 @@ std::vector<GuestMemory::Extent> GuestMemory::touched(const Region& region) {
     return region.fd ? data_segments(region) : present_pages(region);
 }
 
-void GuestMemory::discard(const Region& region) {
+void GuestMemory::discard(const Region& region, u64 offset, u64 size) {
     int result = region.fd
-                     ? ::fallocate(region.fd.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0,
-                                   static_cast<off_t>(region.size))
-                     : ::madvise(region.mapping.data(), region.size, MADV_DONTNEED);
+                     ? ::fallocate(region.fd.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                                   static_cast<off_t>(offset), static_cast<off_t>(size))
+                     : ::madvise(region.mapping.data() + offset, size, MADV_DONTNEED);
     if (result != 0) throw_errno("cannot clear guest memory");
-    note_write(region.start, region.size);
+    note_write(region.start + offset, size);
+}
+
+u64 GuestMemory::discard(Gpa gpa, u64 size) {
+    checked(gpa, size);
+    const Region* region = find(gpa);
+    if (region->foreign || region->read_only) return 0;  // it is not only this machine's
+    const u64 first = align_up(gpa.value, kPageSize);
+    const u64 end = align_down(gpa.value + size, kPageSize);
+    if (first >= end) return 0;
+    discard(*region, first - region->start.value, end - first);
+    return end - first;
 }
 
 }  // namespace polyvisor

@@ -134,22 +134,31 @@ void Function::update_bars() {
     }
 }
 
+// After the command register changed. INTx has a mutex of its own, as devices drive it with
+// mutexes held that an access to the configuration space may want.
 void Function::update_intx() {
-    u16 status = space_.get16(kStatus);
-    status = static_cast<u16>(intx_ ? status | kStatusInterrupt : status & ~kStatusInterrupt);
-    space_.set16(kStatus, status);
-    if (!intx_line_) return;
-    intx_line_->set(intx_ && !(space_.get16(kCommand) & kCommandIntxDisable));
+    std::lock_guard lock(intx_mutex_);
+    intx_disabled_ = space_.get16(kCommand) & kCommandIntxDisable;
+    if (intx_line_) intx_line_->set(intx_ && !intx_disabled_);
 }
 
 void Function::set_intx(bool level) {
-    std::lock_guard lock(mutex_);
+    std::lock_guard lock(intx_mutex_);
+    if (intx_ == level) return;
     intx_ = level;
-    update_intx();
+    if (intx_line_) intx_line_->set(intx_ && !intx_disabled_);
+}
+
+bool Function::intx() const {
+    std::lock_guard lock(intx_mutex_);
+    return intx_;
 }
 
 u32 Function::config_read(u16 offset, unsigned size) {
     std::lock_guard lock(mutex_);
+    const u16 status = space_.get16(kStatus);
+    space_.set16(kStatus,
+                 static_cast<u16>(intx() ? status | kStatusInterrupt : status & ~kStatusInterrupt));
     config_about_to_read(offset, size);
     return space_.read(offset, size);
 }
@@ -191,7 +200,7 @@ u8 Function::interrupt_pin() const {
 void Function::reset() {
     std::lock_guard lock(mutex_);
     space_.restore(power_on_);
-    intx_ = false;
+    set_intx(false);
     reset_device();
     for (Bar& bar : bars_) {
         if (bar.target) bar.target->reset();
@@ -204,8 +213,9 @@ void Function::reset() {
 std::vector<u8> Function::save() const {
     std::lock_guard lock(mutex_);
     auto value = space_.state().value;
+    value[kStatus] &= static_cast<u8>(~kStatusInterrupt);  // what it was when it was last read
     std::vector<u8> bytes(value.begin(), value.end());
-    bytes.push_back(intx_);
+    bytes.push_back(intx());
     auto device = save_device();
     bytes.insert(bytes.end(), device.begin(), device.end());
     return bytes;
@@ -227,7 +237,10 @@ void Function::restore(std::span<const u8> bytes) {
         space_.restore(before);
         throw;
     }
-    intx_ = bytes[ConfigSpace::kSize];
+    {
+        std::lock_guard intx(intx_mutex_);
+        intx_ = bytes[ConfigSpace::kSize];
+    }
     update_bars();
     update_intx();
 }

@@ -47,7 +47,8 @@ class Function {
     void set_interrupt(u8 pin, std::unique_ptr<IrqLine> line);
     u16 add_capability(u8 id, std::span<const u8> body, std::span<const u8> writable = {});
 
-    /// Drives INTx, honouring the command register's disable bit.
+    /// Drives INTx, honouring the command register's disable bit. Any thread, whatever is held but
+    /// interrupt chips.
     void set_intx(bool level);
 
     u32 config_read(u16 offset, unsigned size);
@@ -95,6 +96,7 @@ class Function {
     void unplug();
     void update_bars();
     void update_intx();
+    bool intx() const;
     u64 bar_register(unsigned index) const;
 
     std::string name_;
@@ -103,8 +105,10 @@ class Function {
     ConfigSpace space_;
     ConfigSpace::State power_on_;
     std::array<Bar, kBars> bars_;
+    mutable std::mutex intx_mutex_;  // guards what follows; before the IrqRouter's
     std::unique_ptr<IrqLine> intx_line_;
     bool intx_ = false;
+    bool intx_disabled_ = false;
 };
 
 }  // namespace polyvisor::pci

@@ -76,6 +76,12 @@ std::shared_ptr<Function> HostBridge::function(unsigned slot) const {
     return slot < kSlots ? slots_[slot] : nullptr;
 }
 
+unsigned HostBridge::free_slot() const {
+    unsigned slot = 1;
+    while (slot < kSlots && function(slot)) ++slot;
+    return slot;
+}
+
 u32 HostBridge::config_read(unsigned bus, unsigned slot, unsigned function, u16 offset,
                             unsigned size) {
     std::shared_ptr<Function> target;

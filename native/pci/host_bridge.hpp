@@ -28,6 +28,8 @@ class HostBridge {
     /// ConfigError when it is taken or none is free. Also while the machine runs.
     unsigned plug(std::shared_ptr<Function> function, int slot = -1);
     std::shared_ptr<Function> function(unsigned slot) const;
+    /// The slot that plug() would choose; kSlots when all are taken.
+    unsigned free_slot() const;
     /// Which GSI the function at `slot` uses for `pin` (1..4): 16 + the usual swizzle.
     static constexpr unsigned gsi(unsigned slot, u8 pin) { return 16 + (slot + pin - 1) % 4; }
 

@@ -336,6 +336,20 @@ CpuState SoftVcpu::save() const {
     return state;
 }
 
+GeneralRegisters SoftVcpu::general() const {
+    GeneralRegisters registers;
+    std::copy_n(frame.gpr, 16, registers.gpr.begin());
+    registers.rip = frame.rip;
+    registers.rflags = frame.rflags();
+    return registers;
+}
+
+void SoftVcpu::set_general(const GeneralRegisters& registers) {
+    std::copy_n(registers.gpr.begin(), 16, frame.gpr);
+    frame.rip = registers.rip;
+    frame.set_rflags(registers.rflags);
+}
+
 void SoftVcpu::restore(const CpuState& state) {
     validate(state);
     load_state(frame, state);

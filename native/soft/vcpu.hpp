@@ -26,6 +26,8 @@ class SoftVcpu final : public Vcpu {
     void raise_int3() override { frame.host_int3 = VcpuFrame::Int3::kRaiseOnce; }
     CpuState save() const override;
     void restore(const CpuState& state) override;
+    GeneralRegisters general() const override;
+    void set_general(const GeneralRegisters& registers) override;
     u32 id() const override { return env.id; }
     bool translate(u64 gva, u64& gpa) const override;
     std::vector<Counter> counters() const override;

@@ -8,7 +8,14 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from polyvisor import errors
-    from polyvisor._native import CpuState, InFlightEvent, IrqLine, Segment, __version__
+    from polyvisor._native import (
+        CpuState,
+        InFlightEvent,
+        IrqLine,
+        Segment,
+        SystemCall,
+        __version__,
+    )
     from polyvisor.config import MachineConfig
     from polyvisor.console import Console
     from polyvisor.cpu import Cpu
@@ -17,7 +24,11 @@ if TYPE_CHECKING:
     from polyvisor.machine import ExitInfo, Machine
     from polyvisor.memory import Memory
     from polyvisor.memory_image import MemoryImage
+    from polyvisor.process import Process
+    from polyvisor.process_pool import ProcessPool
     from polyvisor.registers import Registers
+    from polyvisor.sandboxes import sandbox
+    from polyvisor.vps import Vps
 
 __all__ = [
     "Console",
@@ -31,11 +42,16 @@ __all__ = [
     "MachineConfig",
     "Memory",
     "MemoryImage",
+    "Process",
+    "ProcessPool",
     "Registers",
     "Segment",
+    "SystemCall",
+    "Vps",
     "__version__",
     "errors",
     "exec",
+    "sandbox",
 ]
 
 #: Where the names above are; tests/test_names.py holds the two together.
@@ -51,10 +67,15 @@ _HOMES = {
     "MachineConfig": "config",
     "Memory": "memory",
     "MemoryImage": "memory_image",
+    "Process": "process",
+    "ProcessPool": "process_pool",
     "Registers": "registers",
     "Segment": "_native",
+    "SystemCall": "_native",
+    "Vps": "vps",
     "__version__": "_native",
     "exec": "guest",
+    "sandbox": "sandboxes",
 }
 
 

@@ -84,6 +84,15 @@ class EngineUnavailable(Error):
         self.reason = reason
 
 
+class LimitUnavailable(Error):
+    """A limit that this host cannot keep, for want of the cgroup `controller` ("memory", "cpu",
+    "pids", "cpuset", "io", "devices"); nothing was started. The message says what helps."""
+
+    def __init__(self, message: str, *, controller: str = "") -> None:
+        super().__init__(message)
+        self.controller = controller
+
+
 class StateMismatch(Error, RuntimeError):
     """The call does not fit what the machine is doing now (running, ended, closed, ...)."""
 
@@ -120,6 +129,30 @@ class MachineTimeout(Error, TimeoutError):
     def __init__(self, message: str, *, seconds: float = 0.0) -> None:
         super().__init__(message)
         self.seconds = seconds
+
+
+class EngineFailure(Error):
+    """The engine could not go on with a program; the message says why."""
+
+
+class ProcessTimeout(Error, TimeoutError):
+    """A program did not end within `seconds`. `stdout` and `stderr` are what it had written."""
+
+    def __init__(
+        self, message: str, *, seconds: float, stdout: bytes = b"", stderr: bytes = b""
+    ) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+        self.stdout = stdout
+        self.stderr = stderr
+
+
+class ProcessEnded(Error):
+    """A program ended before it did what it was to do; `result` (`process.Result`) says how."""
+
+    def __init__(self, message: str, *, result: object = None) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 class ConsoleTimeout(Error, TimeoutError):
@@ -162,6 +195,7 @@ __all__ = [
     "GuestError",
     "HostError",
     "ImageError",
+    "LimitUnavailable",
     "MachineTimeout",
     "MemoryFault",
     "MemoryRangeError",

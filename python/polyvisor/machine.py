@@ -15,7 +15,7 @@ from polyvisor.records import Record, replace
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
     from typing import Any, Literal
 
@@ -23,7 +23,18 @@ if TYPE_CHECKING:
 
     from polyvisor.config import EngineName, HugePagesName, IrqchipName
     from polyvisor.debug import Breakpoints, DebugStop
+    from polyvisor.guest.agent import Agent, Ran
+    from polyvisor.images.disk import Format
     from polyvisor.machine_mmu import Mmu
+    from polyvisor.virtio.balloon import Balloon
+    from polyvisor.virtio.base import VirtioDeviceT
+    from polyvisor.virtio.console import VirtioConsole
+    from polyvisor.virtio.disk import Cache, Disk, Io, Source, Transport
+    from polyvisor.virtio.fs import Fs
+    from polyvisor.virtio.net import Backend, Forward, Net
+    from polyvisor.virtio.rng import Rng
+    from polyvisor.virtio.rng import Source as RngSource
+    from polyvisor.virtio.vsock import Vsock
 
     #: Why a machine ended.
     #:
@@ -150,6 +161,7 @@ class Machine:
         self._serial = [Console(self._native.serial(i)) for i in range(config.serial_ports)]
         self._cpus = [Cpu(self._native, self._memory, i) for i in range(config.cpus)]
         self._mmu: Mmu | None = None
+        self._vsock: Vsock | None = None
         #: The standard devices that are written in Python, by name ("rtc", "i8042").
         self.devices: dict[str, object] = {}
         if standard_devices:
@@ -273,6 +285,15 @@ class Machine:
 
         boot.load(self, kernel, initrd, cmdline)
 
+    def load_disk(self, image: str | os.PathLike[str], append: str = "") -> None:
+        """Puts the kernel and the initial RAM disk that are on a disk image into memory, as `load`;
+        the image is to be the machine's first disk (`add_disk`). `append` is added to the kernel's
+        command line. Raises `ImageError` when there is none on it. See docs/images.md."""
+        from polyvisor.images import bootable
+
+        found = bootable.find(image)
+        self.load(found.fast_kernel(), found.initrd, f"{found.cmdline} {append}".strip())
+
     def load_raw(self, gpa: int, data: Buffer) -> None:
         """Stores bytes at a guest-physical address; see `Cpu.enter_real_mode` and its likes."""
         self.memory.write(gpa, data)
@@ -302,6 +323,213 @@ class Machine:
     def remove_memory_device(self, gpa: int) -> None:
         """Takes away the device that starts at `gpa`."""
         self._native.remove_memory_device(gpa)
+
+    def add_disk(
+        self,
+        path: Source,
+        *,
+        read_only: bool = False,
+        format: Format | None = None,  # noqa: A002 -- the word that every tool has for it
+        cache: Cache = "writeback",
+        snapshot: bool = False,
+        serial: str | None = None,
+        queues: int = 1,
+        bytes_per_second: int | None = None,
+        operations_per_second: int | None = None,
+        io: Io = "auto",
+        transport: Transport = "pci",
+        packed: bool = False,
+    ) -> Disk:
+        """Plugs a disk in (virtio-blk), before the machine starts: an image, a block device, or an
+        object with `size`, `read(offset, size)` and perhaps `write(offset, data)` and `flush()`.
+
+        `format`: see `polyvisor.images.disk.format_of`. `cache`: the host's page cache
+        ("writeback"), none (O_DIRECT), or a cache that the guest's flushes do not empty ("unsafe").
+        `snapshot`: what the guest writes is thrown away with the machine. `serial`: up to 20 bytes.
+        Limits hold per second, for all queues together. Raises `ConfigError`, `HostError` (EBUSY:
+        another machine has the image), `StateMismatch` once the machine has started."""
+        from polyvisor.virtio.disk import add_disk
+
+        return add_disk(
+            self,
+            path,
+            read_only=read_only,
+            format=format,
+            cache=cache,
+            snapshot=snapshot,
+            serial=serial,
+            queues=queues,
+            bytes_per_second=bytes_per_second,
+            operations_per_second=operations_per_second,
+            io=io,
+            transport=transport,
+            packed=packed,
+        )
+
+    def add_net(
+        self,
+        backend: Backend = "user",
+        *,
+        mac: str | None = None,
+        forward: list[str | Forward] | tuple[str | Forward, ...] = (),
+        restrict: bool = False,
+        ipv6: bool = True,
+        hostname: str = "guest",
+        tap: str | None = None,
+        socket: str | os.PathLike[str] | None = None,
+        listen: bool = False,
+        peer: str | os.PathLike[str] | None = None,
+        capture: str | os.PathLike[str] | None = None,
+        queues: int = 1,
+        mtu: int | None = None,
+        transport: Transport = "pci",
+        packed: bool = False,
+    ) -> Net:
+        """Plugs a network card in (virtio-net), before the machine starts.
+
+        `backend`: "user" (a network behind NAT in this process, without privileges: DHCP, names,
+        `forward` for ports of the host, `restrict` for no other way out), "tap" (the interface
+        `tap` of the host, made if it is not there), "stream" and "dgram" (Unix sockets, to join
+        machines: `socket` is a path; a stream connects or `listen`s, datagrams go to `peer`),
+        "none" (no cable), or an object with `send(frame)`. `queues`: pairs, up to 16. `mtu`: None
+        leaves it to the driver (1500). `capture`: a new pcap file. See docs/network.md. Raises
+        `ConfigError`, `HostError`, `StateMismatch` once the machine has started."""
+        from polyvisor.virtio.net import add_net
+
+        return add_net(
+            self,
+            backend,
+            mac=mac,
+            forward=forward,
+            restrict=restrict,
+            ipv6=ipv6,
+            hostname=hostname,
+            tap=tap,
+            socket=socket,
+            listen=listen,
+            peer=peer,
+            capture=capture,
+            queues=queues,
+            mtu=mtu,
+            transport=transport,
+            packed=packed,
+        )
+
+    def add_virtio(
+        self, device: VirtioDeviceT, *, transport: str = "pci", packed: bool = False
+    ) -> VirtioDeviceT:
+        """Plugs in a virtio device that is written in Python (see `polyvisor.virtio.base`), before
+        the machine starts: on PCI or, with "mmio", as a block of registers. `packed` offers packed
+        rings too. Returns the device. Raises `ConfigError`, `StateMismatch`."""
+        from polyvisor.virtio.base import plug
+
+        return plug(self, device, transport, packed)
+
+    def add_console(
+        self,
+        ports: Sequence[str] | str = (),
+        *,
+        consoles: int = 1,
+        size: tuple[int, int] | None = None,
+        max_ports: int | None = None,
+        transport: Transport = "pci",
+        packed: bool = False,
+    ) -> VirtioConsole:
+        """Plugs in a virtio console, before the machine starts: `consoles` terminals (/dev/hvc0 and
+        on; the kernel's with ``console=hvc0``) and named `ports` (/dev/virtio-ports/NAME). `size`
+        is the consoles', (rows, columns). With `max_ports`, ports can be added later. Raises
+        `ConfigError`, `StateMismatch` once the machine has started."""
+        from polyvisor.virtio.console import add_console
+
+        return add_console(
+            self,
+            ports,
+            consoles=consoles,
+            size=size,
+            max_ports=max_ports,
+            transport=transport,
+            packed=packed,
+        )
+
+    def add_vsock(
+        self,
+        cid: int = 3,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        transport: Transport = "pci",
+        packed: bool = False,
+    ) -> Vsock:
+        """Plugs in a vsock, before the machine starts: sockets between the guest (`cid`) and the
+        host. Programs of the host connect to the socket `path` and write "CONNECT PORT\\n"; the
+        guest's connections to port P go to the socket ``path_P``. Without a path, only this process
+        has part in it. Raises `ConfigError`, `HostError`, `StateMismatch` once the machine has
+        started."""
+        from polyvisor.virtio.vsock import add_vsock
+
+        vsock = add_vsock(self, cid, path, transport=transport, packed=packed)
+        if self._vsock is None:
+            self._vsock = vsock
+        return vsock
+
+    @property
+    def vsock(self) -> Vsock | None:
+        """The first vsock that was plugged in."""
+        return self._vsock
+
+    def add_rng(
+        self,
+        source: RngSource | None = None,
+        *,
+        rate: int | None = None,
+        transport: str = "pci",
+        packed: bool = False,
+    ) -> Rng:
+        """Plugs in an entropy source (virtio-rng). `source(size)` gives bytes, None: the host's;
+        `rate` limits them, in bytes per second."""
+        from polyvisor.virtio.rng import Rng
+
+        return self.add_virtio(Rng(source, rate=rate), transport=transport, packed=packed)
+
+    def add_share(
+        self,
+        path: str | os.PathLike[str],
+        tag: str = "share",
+        *,
+        read_only: bool = True,
+        transport: str = "pci",
+        packed: bool = False,
+    ) -> Fs:
+        """Shares a folder of the host's (virtio-fs), before the machine starts. The guest mounts it
+        by its tag, ``mount -t virtiofs TAG /mnt``, and gets to nothing outside of it. It may change
+        things there only with ``read_only=False``. See docs/shared-folders.md."""
+        from polyvisor.virtio.fs import Fs
+
+        # Where a thread serves all devices, nothing may wait for a disk.
+        fs = Fs(path, tag, read_only=read_only, inline=self.engine == "soft")
+        return self.add_virtio(fs, transport=transport, packed=packed)
+
+    def add_balloon(
+        self,
+        target: int | str = 0,
+        *,
+        deflate_on_oom: bool = True,
+        free_page_reporting: bool = True,
+        interval: float | None = None,
+        transport: str = "pci",
+        packed: bool = False,
+    ) -> Balloon:
+        """Plugs in a memory balloon (virtio-balloon), before the machine starts. Its `target` says
+        how much the guest is to give back, `statistics()` how it is doing; see
+        `polyvisor.virtio.balloon.Balloon` and docs/balloon.md."""
+        from polyvisor.virtio.balloon import Balloon
+
+        balloon = Balloon(
+            target,
+            deflate_on_oom=deflate_on_oom,
+            free_page_reporting=free_page_reporting,
+            interval=interval,
+        )
+        return self.add_virtio(balloon, transport=transport, packed=packed)
 
     def irq(self, gsi: int) -> _native.IrqLine:
         """The wire of global system interrupt `gsi` (0 to 15 are the ISA IRQs, up to 23 PCI)."""
@@ -432,6 +660,21 @@ class Machine:
         """Puts a snapshot's state in place. The machine must be created or paused; raises
         `StateError`, leaving it as it is, for a snapshot that does not fit."""
         self._native.restore(snapshot)
+
+    # --- commands in the guest -------------------------------------------------------------------
+
+    def agent(self, timeout: float | None = 60.0) -> Agent:
+        """Polyvisor's agent in the guest, which runs commands and copies files; waits until it
+        answers. The machine needs a vsock (`add_vsock`); images that `polyvisor image` builds have
+        the agent. Raises `MachineTimeout` after `timeout` seconds, `GuestError` when the guest ends
+        meanwhile, `StateMismatch` without a vsock. See docs/agent.md."""
+        from polyvisor.guest.agent import connect
+
+        return connect(self, timeout)
+
+    def exec(self, argv: Sequence[str], **options: Any) -> Ran:
+        """Runs a command in the guest: `agent`, and its `Agent.exec` with the same options."""
+        return self.agent().exec(argv, **options)
 
     # --- looking at it ---------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 
-from polyvisor.cli.status import Terminated, signals_raise
+from polyvisor.cli.status import Terminated, report, signals_raise
 
 
 class Thing:
@@ -37,3 +37,19 @@ def test_handlers_are_put_back() -> None:
     with signals_raise():
         assert signal.getsignal(signal.SIGINT) is not before
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_in_a_native_import(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A native module's initialization makes an ImportError of whatever is raised in it."""
+    with pytest.raises(ImportError) as raised, signals_raise():  # noqa: PT012
+        try:
+            signal.raise_signal(number)
+        except Terminated as terminated:
+            raise ImportError("initialization failed") from terminated
+    assert report(raised.value) == 128 + number
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(ImportError, match="really"):
+        report(ImportError("really"))

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from polyvisor.errors import GuestError
-from polyvisor.guest.channel import Channel, Ended, Event, NotRun, Output, Ready, frame
+from polyvisor.guest.channel import (
+    MAX_PAYLOAD,
+    Channel,
+    Ended,
+    Event,
+    FileInfo,
+    NotRun,
+    Output,
+    Ready,
+    frame,
+)
 
 
 def ready(credit: int = 1 << 20) -> bytes:
@@ -52,6 +63,7 @@ _EVENTS = st.lists(
         st.builds(Ended, st.integers(0, 255)),
         st.builds(Ended, st.just(0), st.integers(1, 64)),
         st.builds(NotRun, st.sampled_from(["start", "directory", "exec"]), st.integers(1, 133)),
+        st.builds(FileInfo, *[st.integers(0, 2**32 - 1)] * 3, *[st.integers(0, 2**64 - 1)] * 2),
     ),
     max_size=10,
 )
@@ -66,6 +78,8 @@ def encode(event: Event) -> bytes:
         case NotRun(stage, errno):
             number = ["start", "directory", "exec"].index(stage)
             return frame(b"f", bytes([number]) + struct.pack("<I", errno))
+        case FileInfo(mode, uid, gid, size, mtime):
+            return frame(b"z", struct.pack("<IIIQQ", mode, uid, gid, size, mtime))
     raise AssertionError(event)
 
 
@@ -126,7 +140,15 @@ def test_signals_do_not_wait_for_credit() -> None:
 
 
 @pytest.mark.parametrize(
-    "junk", [b"?\x00\x00", frame(b"x", b"1"), frame(b"f", b"\x09\0\0\0\0"), frame(b"c", b"")]
+    "junk",
+    [
+        b"?\x00\x00",
+        frame(b"x", b"1"),
+        frame(b"f", b"\x09\0\0\0\0"),
+        frame(b"f", b"\0\xff\xff\xff\xff"),  # no errno that there is
+        frame(b"c", b""),
+        frame(b"z", bytes(27)),
+    ],
 )
 def test_other_writers_are_noticed(junk: bytes) -> None:
     channel = Channel(Wire().send)
@@ -134,3 +156,38 @@ def test_other_writers_are_noticed(junk: bytes) -> None:
     with pytest.raises(GuestError, match="ttyS1") as caught:
         channel.receive(junk)
     assert caught.value.reason == "channel"
+
+
+@given(st.lists(st.binary(max_size=200), max_size=20))
+def test_whatever_a_guest_sends(pieces: list[bytes]) -> None:
+    """Events or a GuestError, and no more memory than a frame needs."""
+    channel = Channel(Wire().send)
+    channel.write(b"stdin")
+    channel.receive(ready())
+    with suppress(GuestError):
+        for piece in pieces:
+            for event in channel.receive(piece):
+                assert isinstance(event, Ready | Output | Ended | NotRun | FileInfo)
+            assert len(channel._received) <= MAX_PAYLOAD + 3
+
+
+def test_requests_of_any_size() -> None:
+    wire = Wire()
+    request = bytes(range(256)) * 700
+    Channel(wire.send).request(request)
+    *parts, (last, _) = wire.frames
+    assert {kind for kind, _ in parts} == {b"q"}
+    assert b"".join(payload for _, payload in parts) == request
+    assert last == b"b"
+
+
+def test_stdin_waits_for_a_socket_that_is_full() -> None:
+    wire = Wire()
+    channel = Channel(wire.send)
+    channel.receive(ready())
+    channel.congested = True
+    channel.write(b"data")
+    assert wire.stdin == b""
+    channel.congested = False
+    channel.pump()
+    assert wire.stdin == b"data"

@@ -3,67 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from polyvisor.errors import ConfigError, ImageError
 from polyvisor.images import kernel, packages
-
-_FAKE_APT = """#!/bin/sh
-# apt-get and apt-cache: the options first, then what to do.
-for argument; do
-    case $argument in -*) ;; *) break ;; esac
-    shift
-done
-echo "$0 $*" >>"$FAKE_LOG"
-case "$1 $2 $3" in
-    "show --no-all-versions linux-image-cloud-amd64")
-        [ -z "$FAKE_UBUNTU" ] || exit 100
-        printf 'Package: linux-image-cloud-amd64\\nVersion: 6.1\\n'
-        printf 'Depends: linux-image-6.1.0-9-cloud-amd64 (= 6.1)\\n' ;;
-    "show --no-all-versions linux-image-virtual")
-        [ -n "$FAKE_UBUNTU" ] || exit 100
-        printf 'Package: linux-image-virtual\\nVersion: 6.8\\n'
-        printf 'Depends: linux-image-6.8.0-7-generic\\n' ;;
-    "show --no-all-versions linux-image-6"*)
-        printf 'Package: %s\\nVersion: 6.1.9-1\\nDescription: Linux\\n longer\\n' "$3" ;;
-    "update  ")
-        [ -z "$FAKE_OFFLINE" ] || { echo 'E: no network' >&2; exit 100; } ;;
-    "download "*)
-        [ -z "$FAKE_OFFLINE" ] || { echo 'E: Failed to fetch, no network' >&2; exit 100; }
-        cp "$FAKE_DEB" . ;;
-    *) echo "E: Unable to locate package $3" >&2; exit 100 ;;
-esac
-"""
-
-
-@pytest.fixture
-def fake_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A PATH whose apt knows two packages, both the same .deb; returns the log of calls."""
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name in ("apt-get", "apt-cache"):
-        (tools / name).write_text(_FAKE_APT)
-        (tools / name).chmod(0o755)
-    root = tmp_path / "deb"
-    for path, content in (("boot/vmlinuz-6.1.0-9", b"the kernel"), ("boot/config", b"x")):
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(content)
-    (root / "DEBIAN").mkdir()
-    (root / "DEBIAN/control").write_text(
-        "Package: k\nVersion: 1\nArchitecture: all\nMaintainer: t <t@t>\nDescription: t\n"
-    )
-    deb = tmp_path / "k.deb"
-    subprocess.run(
-        ["dpkg-deb", "--root-owner-group", "-b", root, deb], check=True, capture_output=True
-    )
-    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    monkeypatch.setenv("FAKE_DEB", str(deb))
-    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
-    monkeypatch.setenv("POLYVISOR_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "log"
 
 
 def test_fetched_once(fake_apt: Path) -> None:

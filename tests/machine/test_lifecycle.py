@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import threading
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from guestcode import (
 )
 
 import polyvisor
+from leftovers import Leftovers
 from polyvisor.errors import MachineTimeout, StateMismatch
 
 
@@ -202,15 +202,11 @@ def test_a_hundred_machines_leave_nothing_behind() -> None:
         if i % 2:
             machine.close()  # the others are collected
 
-    def count() -> tuple[int, int]:
-        gc.collect()
-        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
-
     cycle(1)
-    before = count()
+    before = Leftovers()
     for i in range(100):
         cycle(i)
-    assert count() == before
+    before.check()
 
 
 def test_memory_goes_with_the_machine() -> None:

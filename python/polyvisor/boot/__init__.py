@@ -10,7 +10,7 @@ import mmap
 import os
 
 from polyvisor.boot import acpi, elf, layout, linux
-from polyvisor.boot.layout import Chunk, Hardware, Plan, Range
+from polyvisor.boot.layout import Chunk, Hardware, Plan, Range, VirtioMmio
 from polyvisor.errors import ConfigError, ImageError
 
 TYPE_CHECKING = False
@@ -111,7 +111,13 @@ def board(machine: Machine) -> Hardware:
 
     # The keyboard controller is there, but nothing is plugged in: a guest that was told of it would
     # look for keyboards.
-    return Hardware.from_board(_native.pc_layout(), rtc="rtc" in machine.devices, i8042=False)
+    addresses = _native.pc_layout()
+    virtio = tuple(
+        VirtioMmio(place.gpa, addresses["virtio_mmio_size"], place.gsi)
+        for place in machine.native.virtio_places()
+        if place.transport == "mmio"
+    )
+    return Hardware.from_board(addresses, rtc="rtc" in machine.devices, i8042=False, virtio=virtio)
 
 
 def apply(machine: Machine, made: Plan) -> None:

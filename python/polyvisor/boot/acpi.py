@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 
 from polyvisor.boot import aml, layout
-from polyvisor.boot.layout import Chunk, Hardware, Isa
+from polyvisor.boot.layout import Chunk, Hardware, Isa, VirtioMmio
 
 _OEM = b"PLYVSR"
 _OEM_TABLE = b"POLYVISR"
@@ -163,7 +163,12 @@ def dsdt(hardware: Hardware) -> bytes:
     s5 = aml.integer(hardware.sleep_s5)
     terms = [
         aml.name("\\_S5", aml.package(s5, s5, aml.integer(0), aml.integer(0))),
-        aml.scope("\\_SB", _pci_root(hardware), *(_isa_device(isa) for isa in _isa(hardware))),
+        aml.scope(
+            "\\_SB",
+            _pci_root(hardware),
+            *(_isa_device(isa) for isa in _isa(hardware)),
+            *(_virtio_device(number, place) for number, place in enumerate(hardware.virtio)),
+        ),
     ]
     return table(b"DSDT", 2, b"".join(terms))
 
@@ -225,3 +230,16 @@ def _isa_device(isa: Isa) -> bytes:
         terms.append(aml.name("_UID", aml.integer(isa.uid)))
     terms.append(aml.name("_CRS", aml.resources(*descriptors)))
     return aml.device(isa.name, *terms)
+
+
+def _virtio_device(number: int, place: VirtioMmio) -> bytes:
+    """The identifier is the one that Linux's virtio_mmio knows."""
+    return aml.device(
+        f"VR{number:02X}",
+        aml.name("_HID", aml.string("LNRO0005")),
+        aml.name("_UID", aml.integer(number)),
+        aml.name(
+            "_CRS",
+            aml.resources(aml.memory32_fixed(place.gpa, place.size), aml.interrupt(place.gsi)),
+        ),
+    )

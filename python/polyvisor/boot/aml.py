@@ -23,6 +23,11 @@ def integer(value: int) -> bytes:
     raise ValueError(f"{value:#x} is no 64-bit number")
 
 
+def string(text: str) -> bytes:
+    """A string constant."""
+    return bytes([_STRING]) + text.encode("ascii") + b"\0"
+
+
 def path(text: str) -> bytes:
     r"""A name: "_CRS", or "\_SB" from the root."""
     root = text.startswith("\\")
@@ -88,6 +93,11 @@ def io(port: int, size: int) -> bytes:
 def irq(*numbers: int) -> bytes:
     """IRQNoFlags () {...}: edge-triggered, active high, not shared."""
     return struct.pack("<BH", 0x22, sum(1 << number for number in numbers))
+
+
+def interrupt(gsi: int) -> bytes:
+    """Interrupt (ResourceConsumer, Level, ActiveHigh, Shared) {gsi}."""
+    return struct.pack("<BHBBI", 0x89, 6, 0x09, 1, gsi)
 
 
 def memory32_fixed(start: int, size: int) -> bytes:

@@ -61,6 +61,19 @@ class Isa(Record):
     uid: int | None = None
 
 
+class VirtioMmio(Record):
+    """The registers and the interrupt of a virtio-mmio device, for the DSDT."""
+
+    gpa: int
+    size: int
+    gsi: int
+
+    @property
+    def parameter(self) -> str:
+        """The same for the command line of a kernel that does not ask ACPI."""
+        return f"virtio_mmio.device={self.size:#x}@{self.gpa:#x}:{self.gsi}"
+
+
 class Hardware(Record):
     """Addresses of the chips that ACPI tells the guest of. The defaults are polyvisor's PC."""
 
@@ -87,9 +100,17 @@ class Hardware(Record):
         Isa("COM1", "PNP0501", ((0x3F8, 8),), 4, 1),
         Isa("COM2", "PNP0501", ((0x2F8, 8),), 3, 2),
     )
+    virtio: tuple[VirtioMmio, ...] = ()
 
     @classmethod
-    def from_board(cls, board: Mapping[str, int], *, rtc: bool, i8042: bool) -> Hardware:
+    def from_board(
+        cls,
+        board: Mapping[str, int],
+        *,
+        rtc: bool,
+        i8042: bool,
+        virtio: tuple[VirtioMmio, ...] = (),
+    ) -> Hardware:
         """The hardware of a machine, by the names of `_native.pc_layout()`."""
         return cls(
             lapic=board["lapic"],
@@ -107,6 +128,7 @@ class Hardware(Record):
             pci_buses=board["ecam_size"] >> 20,
             rtc=rtc,
             i8042=i8042,
+            virtio=virtio,
         )
 
 

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from polyvisor.cli import status
+from polyvisor.cli import image_app, process_app, status, vps_app
 from polyvisor.errors import ConfigError
 
 _EXEC_EPILOG = """
@@ -27,11 +27,21 @@ Examples:
 
   polyvisor exec --tty -- sh
 
+  polyvisor exec --share .:/src -- du -s /src
+
+  polyvisor exec --image debian.img -- apt list --installed
+
+  polyvisor exec --image debian.img --share .:/src:rw --net user -- make -C /src test
+
 Exit status: the command's own; 124 after --timeout, 125 when polyvisor or the guest failed, 126
 when the guest cannot execute the command, 127 when it has no such command, 130 after Ctrl-C.
 """
 _RUN_EPILOG = """
 Examples:
+
+  polyvisor run --disk debian.img --net user,hostfwd=tcp:127.0.0.1:2222-:22 --share ./src:/mnt/src
+
+  polyvisor run --disk debian-12-genericcloud-amd64.qcow2,snapshot --memory 2G --cpus 2
 
   polyvisor run --kernel vmlinuz --initrd initrd.img --append 'console=ttyS0'
 
@@ -40,6 +50,22 @@ Examples:
 Ctrl-] then q quits, Ctrl-] twice sends one. Exit status: 0 when the guest powered off or rebooted,
 its own when it used the debug-exit port, 1 when it crashed, 124 after --timeout, 125 when polyvisor
 failed.
+"""
+_SANDBOX_EPILOG = """
+Examples:
+
+  polyvisor sandbox -- make -j4 check
+
+  polyvisor sandbox --rw . --memory 512M --pids 100 --timeout 60 -- ./untrusted input.txt
+
+  polyvisor sandbox --net host --ro ~/data:/tmp/data -- curl -T /tmp/data/file https://example.org/
+
+The command sees the host's files as you do, but read-only, with /tmp, /var/tmp and /run of its own,
+no network and no other processes. It may write to the paths of --rw. An ordinary user needs
+no rights for that; limits need root, or a cgroup of one's own.
+
+Exit status: the command's own, 128 + n when signal n ended it; 124 after --timeout, 125 when
+polyvisor failed, 126 when the command cannot be executed, 127 when there is none.
 """
 _WALK_EPILOG = """
 Examples:
@@ -111,6 +137,21 @@ TimeoutOption = Annotated[
     float | None,
     typer.Option(help="Stop the machine after so many seconds.", metavar="SECONDS"),
 ]
+NetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A network card: user (no privileges needed), with hostfwd=tcp:ADDRESS:PORT-:PORT and "
+        "others behind commas, or none. Repeat it for more.",
+        metavar="user[,OPTION=...]",
+    ),
+]
+ShareOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A folder of the host's, mounted in the guest; it can be changed there only with :rw.",
+        metavar="HOST:GUEST[:rw]",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
 
@@ -176,13 +217,25 @@ def exec_command(
         str, typer.Option(help="The command's directory in the guest.", metavar="DIR")
     ] = "/root",
     tty: Annotated[bool, typer.Option("--tty", "-t", help="Give the command a terminal.")] = False,
+    image: Annotated[
+        str | None,
+        typer.Option(
+            help="Run it in the system on this disk image; see polyvisor image build.",
+            metavar="FILE",
+        ),
+    ] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="Keep what the command changes in the image.")
+    ] = False,
+    net: NetOption = None,
+    share: ShareOption = None,
     json: JsonOption = False,
     stats: StatsOption = False,
 ) -> Action:
     """Run COMMAND as root in a fresh virtual machine, and exit with its status.
 
-    Boots the distribution's kernel for virtual machines with a busybox user space. Stdin, stdout
-    and stderr are the command's.
+    Boots the distribution's kernel for virtual machines with a busybox user space, or the system on
+    a disk image. Stdin, stdout and stderr are the command's.
     """
     from polyvisor.cli.exec_command import execute
 
@@ -203,6 +256,10 @@ def exec_command(
         append=append,
         environment=env or [],
         directory=workdir,
+        image=image,
+        write=write,
+        nets=net or [],
+        shares=share or [],
         terminal=tty,
         as_json=json,
         stats=stats,
@@ -212,13 +269,40 @@ def exec_command(
 
 @app.command("run", epilog=_RUN_EPILOG)
 def run_command(
-    kernel: Annotated[Path, typer.Option(help="A bzImage, or an ELF kernel.", metavar="FILE")],
+    kernel: Annotated[
+        Path | None,
+        typer.Option(
+            help="A bzImage, or an ELF kernel; without one, that on the first disk.",
+            metavar="FILE",
+        ),
+    ] = None,
     initrd: Annotated[
         Path | None, typer.Option(help="Its initial RAM disk.", metavar="FILE")
     ] = None,
     append: Annotated[
-        str, typer.Option(help="The kernel's command line.", metavar="CMDLINE")
-    ] = "console=ttyS0",
+        str | None,
+        typer.Option(
+            help="The kernel's command line (console=ttyS0); for a disk's kernel, more of it.",
+            metavar="CMDLINE",
+        ),
+    ] = None,
+    disk: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A disk image, with ro, snapshot (throw changes away), format=qcow2 and others "
+            "behind commas. Repeat it for more.",
+            metavar="FILE[,OPTION]...",
+        ),
+    ] = None,
+    net: NetOption = None,
+    share: ShareOption = None,
+    vsock: Annotated[
+        str | None,
+        typer.Option(
+            help="Sockets between guest and host, through a Unix socket.", metavar="CID[,PATH]"
+        ),
+    ] = None,
+    rng: Annotated[bool, typer.Option("--rng", help="A source of random numbers.")] = False,
     memory: MemoryOption = "512M",
     cpus: CpusOption = 1,
     engine: EngineOption = Engine.auto,
@@ -233,13 +317,20 @@ def run_command(
     timeout: TimeoutOption = None,
     stats: StatsOption = False,
 ) -> Action:
-    """Boot a kernel; its first serial port is this terminal.
+    """Boot a kernel, or the system on a disk; the first serial port is this terminal.
 
     Ends when the guest powers off or reboots.
     """
+    if kernel is None and not disk:
+        raise typer.BadParameter(
+            "there is nothing to boot; give a kernel, or a --disk with a system on it",
+            param_hint="--kernel",
+        )
+    from polyvisor.cli.devices import Devices
     from polyvisor.cli.run_command import boot
 
     return lambda: boot(
+        devices=Devices(disk or [], net or [], share or [], vsock, rng),
         kernel=kernel,
         initrd=initrd,
         append=append,
@@ -252,6 +343,77 @@ def run_command(
         stats=stats,
         closed=frozenset(_closed),
     )
+
+
+class SandboxNet(StrEnum):
+    """sandbox --net's choices."""
+
+    none = "none"
+    host = "host"
+
+
+@app.command("sandbox", epilog=_SANDBOX_EPILOG, context_settings={"allow_interspersed_args": False})
+def sandbox_command(
+    command: Annotated[
+        list[str], typer.Argument(help="The program and its arguments.", metavar="COMMAND...")
+    ],
+    rw: Annotated[
+        list[str] | None,
+        typer.Option("--rw", "--bind", help="What it may write to.", metavar="PATH[:PLACE]"),
+    ] = None,
+    ro: Annotated[
+        list[str] | None,
+        typer.Option("--ro", help="More of the host, read-only.", metavar="PATH[:PLACE]"),
+    ] = None,
+    net: Annotated[
+        SandboxNet, typer.Option(help="No network but its own loopback, or the host's.")
+    ] = SandboxNet.none,
+    memory: Annotated[
+        str | None, typer.Option(help="Of all its processes together.", metavar="SIZE")
+    ] = None,
+    cpus: Annotated[
+        float | None, typer.Option(help="CPU time per time; 0.5 is half of one.", metavar="N")
+    ] = None,
+    pids: Annotated[
+        int | None, typer.Option(help="Processes and threads at a time.", metavar="N")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Kill it after so many seconds.", metavar="SECONDS")
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option("--env", "-e", help="An environment variable.", metavar="NAME=VALUE"),
+    ] = None,
+    workdir: Annotated[
+        str | None,
+        typer.Option(help="The folder it starts in; this one if it is there.", metavar="DIR"),
+    ] = None,
+    json: JsonOption = False,
+) -> Action:
+    """Run COMMAND on the host's files without letting it change them, and exit with its status.
+
+    A sandbox of the kernel's namespaces, which starts in milliseconds.
+    """
+    from polyvisor.cli import sandbox_command as implementation
+
+    return lambda: implementation.execute(
+        command,
+        ro=ro or [],
+        rw=rw or [],
+        net=net.value,
+        memory=memory,
+        cpus=cpus,
+        pids=pids,
+        timeout=timeout,
+        environment=env or [],
+        directory=workdir,
+        as_json=json,
+    )
+
+
+app.add_typer(image_app.app, name="image")
+app.add_typer(process_app.app, name="process")
+app.add_typer(vps_app.app, name="vps")
 
 
 @app.command("doctor")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from polyvisor.guest.channel import Channel
     from polyvisor.guest.command import Completed
+    from polyvisor.guest.image import Remote
     from polyvisor.machine import Machine
 
 
@@ -30,6 +31,10 @@ def execute(
     append: str,
     environment: list[str],
     directory: str,
+    image: str | None,
+    write: bool,
+    nets: list[str],
+    shares: list[str],
     terminal: bool,
     as_json: bool,
     stats: bool,
@@ -51,6 +56,15 @@ def execute(
         "progress": progress,
         "statistics": stats,
     }
+    if image is not None:
+        options |= {"image": image, "write": write}
+    if nets or shares:
+        from polyvisor.cli.devices import Devices
+        from polyvisor.images.bootable import share_options
+
+        parsed = Devices(nets=nets, shares=shares).parsed()
+        options["on_machine"] = parsed.plug
+        options["append"] = " ".join([append, *share_options(parsed.shares, ours=True)]).strip()
     from polyvisor.guest import exec  # noqa: A004
 
     try:
@@ -101,7 +115,7 @@ def _on_terminal(command: list[str], options: dict[str, Any]) -> Completed | Non
         # Not from the handler itself: it may have interrupted the holder of the channel's lock.
         state["resized"] = True
 
-    def started(machine: Machine, channel: Channel) -> None:
+    def started(machine: Machine, channel: Channel | Remote) -> None:
         state["machine"], state["channel"] = machine, channel
         if keys.quit:  # typed before there was a machine
             machine.end("stopped", detail="Ctrl-] q")

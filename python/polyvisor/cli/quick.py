@@ -36,9 +36,16 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--kernel": ("kernel", str),
     "--append": ("append", str),
     "--workdir": ("directory", str),
+    "--image": ("image", str),
 }
-FLAGS = {"--json": "as_json", "--stats": "stats", "--tty": "terminal", "-t": "terminal"}
-LISTS = {"--env": "environment", "-e": "environment"}
+FLAGS = {
+    "--json": "as_json",
+    "--stats": "stats",
+    "--tty": "terminal",
+    "-t": "terminal",
+    "--write": "write",
+}
+LISTS = {"--env": "environment", "-e": "environment", "--net": "nets", "--share": "shares"}
 DEFAULTS: dict[str, Any] = {
     "engine": "auto",
     "irqchip": "auto",
@@ -48,6 +55,8 @@ DEFAULTS: dict[str, Any] = {
     "kernel": "cloud",
     "append": "",
     "directory": "/root",
+    "image": None,
+    "write": False,
     "terminal": False,
     "as_json": False,
     "stats": False,
@@ -58,7 +67,7 @@ def parse(arguments: list[str]) -> tuple[list[str], dict[str, Any]] | None:
     """The command and the keyword arguments of `execute`; None for what typer has to look at."""
     if not arguments or arguments[0] != "exec":
         return None
-    found: dict[str, Any] = {**DEFAULTS, "environment": []}
+    found: dict[str, Any] = {**DEFAULTS, "environment": [], "nets": [], "shares": []}
     rest = iter(range(1, len(arguments)))
     for at in rest:
         word = arguments[at]

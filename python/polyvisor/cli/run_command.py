@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from polyvisor.cli import output, status
+from polyvisor.cli.devices import Devices, Parsed
 from polyvisor.cli.terminal import EscapeKeys, RawMode, Reader
 from polyvisor.errors import ConfigError, HostError, MachineTimeout
 from polyvisor.guest.command import GuestPanic, guest_failure
+from polyvisor.images.bootable import share_options
 from polyvisor.machine import ExitInfo, Machine
 
 #: Typed bytes that the guest has not taken, from which on no more are read.
@@ -33,9 +35,10 @@ class Line:
 
 def boot(
     *,
-    kernel: Path,
+    kernel: Path | None,
     initrd: Path | None,
-    append: str,
+    append: str | None,
+    devices: Devices,
     memory: str,
     cpus: int,
     engine: str,
@@ -50,9 +53,12 @@ def boot(
         raise ConfigError(
             f"--timeout must be more than 0 seconds, not {timeout:g}", field="timeout"
         )
+    parsed = devices.parsed()
+    image, disk, cmdline = _kernel(kernel, initrd, append, parsed)
     status.note_engine(engine)
     with Machine(memory=memory, cpus=cpus, engine=engine, irqchip=irqchip, name="run") as machine:
-        machine.load(kernel, initrd, append)
+        parsed.plug(machine)
+        machine.load(image, disk, cmdline)
         machine.console.flow_control()
         with _line(serial, machine, closed) as line:
             machine.start()
@@ -63,6 +69,27 @@ def boot(
             status.say("quit; the machine was stopped")
             return status.OK
         return _exit_status(info, machine.console.transcript, shown=serial == "stdio")
+
+
+def _kernel(
+    kernel: Path | None, initrd: Path | None, append: str | None, devices: Parsed
+) -> tuple[str | Path, str | Path | None, str]:
+    """What to boot: kernel, initrd and command line, as given or as found on the first disk."""
+    if kernel is not None:
+        mounts = share_options(devices.shares, ours=False)
+        cmdline = " ".join([append if append is not None else "console=ttyS0", *mounts])
+        return kernel, initrd, cmdline
+    if initrd is not None:
+        raise ConfigError("an --initrd needs its --kernel", field="initrd")
+    from polyvisor.images import bootable
+
+    found = bootable.find(devices.disks[0]["path"], devices.disks[0].get("format"))
+    mounts = share_options(devices.shares, ours=found.ours)
+    return (
+        found.fast_kernel(),
+        found.initrd,
+        " ".join([found.cmdline, *mounts, append or ""]).strip(),
+    )
 
 
 def _serve(machine: Machine, line: Line, timeout: float | None) -> ExitInfo | None:

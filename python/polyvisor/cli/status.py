@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -30,6 +31,16 @@ NOT_EXECUTABLE = 126
 NOT_FOUND = 127
 INTERRUPTED = 128 + _signal.SIGINT
 BROKEN_PIPE = 128 + _signal.SIGPIPE
+
+
+def of_execution(error: errors.HostError) -> int:
+    """For a command that could not be executed, as shells have it."""
+    return {
+        errno.ENOENT: NOT_FOUND,
+        errno.EACCES: NOT_EXECUTABLE,
+        errno.ENOEXEC: NOT_EXECUTABLE,
+    }.get(error.errno, FAILED)
+
 
 #: Lines of the guest's console that are shown with an error.
 TAIL_LINES = 100
@@ -117,8 +128,18 @@ def show_tail(text: str) -> None:
         quietly(lambda: print(shown, file=sys.stderr, flush=True))
 
 
+def _signal_behind(error: BaseException) -> Terminated | None:
+    """The signal that came in the middle of an import of native code, which turns what is raised
+    meanwhile into an error of its own."""
+    cause: BaseException | None = error
+    while isinstance(cause, (ImportError, SystemError)):
+        cause = cause.__cause__ or cause.__context__
+    return cause if isinstance(cause, Terminated) else None
+
+
 def report(error: BaseException) -> int:
     """Says what happened and returns the exit status. Programming errors are raised again."""
+    error = _signal_behind(error) or error
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else FAILED if error.code else OK
     if isinstance(error, KeyboardInterrupt):
@@ -147,8 +168,6 @@ def report(error: BaseException) -> int:
         say("this host has not enough memory for that machine; give it less with --memory")
         return FAILED
     if isinstance(error, OSError) and error.errno is not None:
-        import errno
-
         where = f"{error.filename}: " if error.filename else ""
         hint = "; make room there" if error.errno == errno.ENOSPC else ""
         say(f"{where}{os.strerror(error.errno)}{hint}")

@@ -1,4 +1,4 @@
-"""The host's side of the frames that a guest's init sends and takes (see guest/channel.h).
+"""The host's side of the frames that a guest's init and agent send and take (see guest/channel.h).
 
 Pure: bytes in, events out; nothing here waits or knows a machine.
 """
@@ -43,13 +43,37 @@ class Ended(Record):
 class NotRun(Record):
     """The command could not be started, at `stage`, for the reason `errno` (Linux's numbers)."""
 
-    stage: Literal["start", "directory", "exec"]
+    stage: Literal["start", "directory", "exec", "module", "file"]
     errno: int
+    #: The kernel module that could not be loaded; "" at other stages.
+    module: str = ""
 
 
-Event = Ready | Output | Ended | NotRun
+class FileInfo(Record):
+    """What a file is that the agent is going to send (`mode`, times: as in `os.stat_result`)."""
 
-_STAGES: tuple[Literal["start", "directory", "exec"], ...] = ("start", "directory", "exec")
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    mtime: int
+
+
+Event = Ready | Output | Ended | NotRun | FileInfo
+
+_STAGES: tuple[Literal["start", "directory", "exec", "module", "file"], ...] = (
+    "start",
+    "directory",
+    "exec",
+    "module",
+    "file",
+)
+_ERRNOS = 4096  # Linux's are smaller
+_FILE_INFO = struct.Struct("<IIIQQ")
+_SERIAL_ABUSE = (
+    "the guest wrote something else than init's messages to its second serial port, which carries "
+    "the command's output; do not use /dev/ttyS1 in the guest"
+)
 
 
 def frame(kind: bytes, payload: bytes = b"") -> bytes:
@@ -60,14 +84,24 @@ def frame(kind: bytes, payload: bytes = b"") -> bytes:
 class Channel:
     """One command's stdin, stdout, stderr and end, over `send`, which must not block."""
 
-    def __init__(self, send: Callable[[bytes], None]) -> None:
+    def __init__(
+        self,
+        send: Callable[[bytes], None],
+        *,
+        stdin_frame: int = STDIN_FRAME,
+        abuse: str = _SERIAL_ABUSE,
+    ) -> None:
         self._send = send
+        self._stdin_frame = stdin_frame
+        self._abuse = abuse
         self._received = bytearray()
         self._ready = False
         self._stdin = bytearray()
         self._stdin_ended = False
         self._end_sent = False
         self._credit = 0
+        #: Stdin waits, whatever the credit, until this is False and `pump` is called.
+        self.congested = False
         self._early: list[bytes] = []  # signals and sizes from before init listened
 
     @property
@@ -112,15 +146,21 @@ class Channel:
         del self._received[:at]
         return events
 
+    def request(self, records: bytes) -> None:
+        """Tells an agent what to do (see guest/agent.c). It need not be ready."""
+        for at in range(0, len(records), MAX_PAYLOAD):
+            self._send(frame(b"q", records[at : at + MAX_PAYLOAD]))
+        self._send(frame(b"b"))
+
     def write(self, data: bytes) -> None:
         """Queues stdin; it goes out as the guest gives credit."""
         self._stdin += data
-        self._pump()
+        self.pump()
 
     def end_input(self) -> None:
         """The end of stdin, behind what was queued."""
         self._stdin_ended = True
-        self._pump()
+        self.pump()
 
     def signal(self, number: int) -> None:
         """Sends the command (its process group) a signal."""
@@ -139,11 +179,11 @@ class Channel:
                 for early in self._early:
                     self._send(early)
                 self._early.clear()
-                self._pump()
+                self.pump()
                 return Ready()
             case "c", 4:
                 self._credit += int.from_bytes(payload, "little")
-                self._pump()
+                self.pump()
                 return None
             case "o", _:
                 return Output("stdout", payload)
@@ -152,13 +192,14 @@ class Channel:
             case "x", 2:
                 killed, status = payload
                 return Ended(0, status) if killed else Ended(status)
-            case "f", 5 if payload[0] < len(_STAGES):
-                return NotRun(_STAGES[payload[0]], int.from_bytes(payload[1:], "little"))
-        raise GuestError(
-            "the guest wrote something else than init's messages to its second serial port, which "
-            "carries the command's output; do not use /dev/ttyS1 in the guest",
-            reason="channel",
-        )
+            case "f", size if size >= 5 and payload[0] < len(_STAGES):
+                number = int.from_bytes(payload[1:5], "little")
+                if number < _ERRNOS:
+                    name = payload[5:].decode("utf-8", "replace")
+                    return NotRun(_STAGES[payload[0]], number, name)
+            case "z", _FILE_INFO.size:
+                return FileInfo(*_FILE_INFO.unpack(payload))
+        raise GuestError(self._abuse, reason="channel")
 
     def _control(self, data: bytes) -> None:
         if self._ready:
@@ -166,9 +207,10 @@ class Channel:
         else:
             self._early.append(data)
 
-    def _pump(self) -> None:
-        while self._stdin and self._credit:
-            part = bytes(self._stdin[: min(self._credit, STDIN_FRAME)])
+    def pump(self) -> None:
+        """Sends the stdin for which there is credit."""
+        while self._stdin and self._credit and not self.congested:
+            part = bytes(self._stdin[: min(self._credit, self._stdin_frame)])
             del self._stdin[: len(part)]
             self._credit -= len(part)
             self._send(frame(b"i", part))

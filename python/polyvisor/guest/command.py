@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import IO, Any
 
+    from polyvisor.guest.agent import Ran
+    from polyvisor.guest.image import Remote
+    from polyvisor.images import modules as modules_
     from polyvisor.images import packages
     from polyvisor.machine import ExitInfo, Machine
 
@@ -48,7 +51,8 @@ class GuestPanic(GuestError):
 
 class CommandNotRun(GuestError):
     """The guest could not start the command: `errno` is Linux's, `status` what a shell would make
-    of it (127: not found, 126: not executable), `stage` "exec", "directory" or "start"."""
+    of it (127: not found, 126: not executable), `stage` "exec", "directory", "start", or "module"
+    when the kernel refused one of `modules`."""
 
     def __init__(
         self, message: str, *, errno: int, status: int, stage: str, tail: str = ""
@@ -62,8 +66,8 @@ class CommandNotRun(GuestError):
 class CommandFailed(GuestError):
     """With ``check=True``: the command ended with a status other than 0. `completed` has it all."""
 
-    def __init__(self, message: str, *, completed: Completed) -> None:
-        super().__init__(message, reason="status", tail=completed.console[-2000:])
+    def __init__(self, message: str, *, completed: Completed | Ran, tail: str = "") -> None:
+        super().__init__(message, reason="status", tail=tail)
         self.completed = completed
 
 
@@ -111,9 +115,13 @@ def exec(  # noqa: A001
     files: Mapping[str, bytes] | None = None,
     kernel: str | os.PathLike[str] = "cloud",
     append: str = "",
+    modules: Sequence[str] = (),
+    on_machine: Callable[[Machine], object] | None = None,
+    image: str | os.PathLike[str] | None = None,
+    write: bool = False,
     on_stdout: Sink | None = None,
     on_stderr: Sink | None = None,
-    on_start: Callable[[Machine, Channel], object] | None = None,
+    on_start: Callable[[Machine, Channel | Remote], object] | None = None,
     on_idle: Callable[[], object] | None = None,
     progress: packages.Progress | None = None,
     statistics: bool = False,
@@ -125,7 +133,11 @@ def exec(  # noqa: A001
     None for an empty one. Output is collected, or given to `on_stdout` and `on_stderr` as it comes.
     `env` is added to a usual environment (None removes a variable), `files` to the guest's root.
     `tty` (rows, columns) runs the command on a terminal of that size. `kernel` is a name ("cloud",
-    "generic", "686") or a file; `append` is added to its command line. `on_start` gets the machine,
+    "generic", "686") or a file; `append` is added to its command line. `modules` are modules of
+    a kernel with a name that are loaded, with what they need, before the command runs. `on_machine`
+    gets the machine before anything is loaded into it, to add devices; their drivers are loaded
+    too. With `image` the command runs in the system on that disk image, which stays as it is unless
+    `write` is True (see docs/images.md). `on_start` gets the machine,
     just started, and the channel (to send signals). `on_idle` is called at least every 0.1 s or so,
     with the channel free to use. `progress` is told what takes long, and "" when the command runs.
     With `statistics` the result has what the machine counted until the command's end.
@@ -147,12 +159,50 @@ def exec(  # noqa: A001
     from polyvisor.machine import Machine
 
     report = progress or (lambda text: None)
+    if image is not None:
+        if modules or kernel != "cloud":
+            raise ConfigError(
+                "an image boots its own kernel, with its own modules; leave kernel and modules out",
+                field="kernel",
+            )
+        from polyvisor.guest.image import Job
+        from polyvisor.guest.image import run as run_on_image
+
+        job = Job(
+            argv=command.arguments,
+            image=image,
+            write=write,
+            append=append,
+            files=files or {},
+            timeout=timeout,
+            start={
+                "stdin": stdin,
+                "env": env,
+                "cwd": cwd,
+                "tty": tty,
+                "on_stdout": on_stdout,
+                "on_stderr": on_stderr,
+            },
+            on_machine=on_machine,
+            on_start=on_start,
+            on_idle=on_idle,
+            progress=progress,
+            statistics=statistics,
+            check=check,
+        )
+        with Machine(
+            memory=memory, cpus=cpus, engine=engine, irqchip=irqchip, name="exec"
+        ) as machine:
+            return run_on_image(job, machine)
     with Machine(
         memory=memory, cpus=cpus, engine=engine, irqchip=irqchip, serial_ports=2, name="exec"
     ) as machine:
+        if on_machine is not None:
+            on_machine(machine)
+        loaded = _modules(machine, kernel, modules, progress) if on_machine or modules else []
         image, architecture = _kernel(kernel, progress)
         report("building the initramfs")
-        initrd = initramfs.build(command, architecture=architecture, files=files)
+        initrd = initramfs.build(command, architecture=architecture, files=files, modules=loaded)
         _load(machine, image, initrd, f"{DEFAULT_CMDLINE} {append}".strip())
         del initrd
         run = _Run(machine, tuple(command.arguments), on_stdout, on_stderr)
@@ -188,7 +238,9 @@ def exec(  # noqa: A001
         )
     if check and completed.status:
         raise CommandFailed(
-            f"{completed.argv[0]} ended with status {completed.status}", completed=completed
+            f"{completed.argv[0]} ended with status {completed.status}",
+            completed=completed,
+            tail=completed.console[-2000:],
         )
     return completed
 
@@ -242,7 +294,8 @@ class _Run:
                     elif isinstance(event, Ended):
                         return event
                     elif isinstance(event, NotRun):
-                        raise self._not_run(event)
+                        tail = self.machine.console.tail()
+                        raise command_not_run(event, self.argv[0], tail)
             elif self.port.closed:
                 self._ended_early()
             else:
@@ -272,20 +325,22 @@ class _Run:
             if _PANIC_END in text:
                 raise guest_failure(None, text.decode("utf-8", "replace"))
 
-    def _not_run(self, event: NotRun) -> CommandNotRun:
-        name, reason = self.argv[0], os.strerror(event.errno)
-        if event.stage == "exec" and event.errno == 2:
-            status, message = 127, f"{name}: there is no such command in the guest"
-        elif event.stage == "exec":
-            status, message = 126, f"{name}: the guest cannot execute it: {reason}"
-        elif event.stage == "directory":
-            status, message = 126, f"the guest cannot start {name} in its directory: {reason}"
-        else:
-            status, message = 126, f"the guest cannot start a process: {reason}"
-        tail = self.machine.console.tail()
-        return CommandNotRun(
-            message, errno=event.errno, status=status, stage=event.stage, tail=tail
-        )
+
+def command_not_run(event: NotRun, name: str, tail: str) -> CommandNotRun:
+    """The exception for a command `name` that the guest could not start."""
+    reason = os.strerror(event.errno)
+    if event.stage == "exec" and event.errno == 2:
+        status, message = 127, f"{name}: there is no such command in the guest"
+    elif event.stage == "exec":
+        status, message = 126, f"{name}: the guest cannot execute it: {reason}"
+    elif event.stage == "module":
+        name = os.path.basename(event.module)
+        status, message = 125, f"the guest's kernel does not load {name}: {reason}"
+    elif event.stage == "directory":
+        status, message = 126, f"the guest cannot start {name} in its directory: {reason}"
+    else:
+        status, message = 126, f"the guest cannot start a process: {reason}"
+    return CommandNotRun(message, errno=event.errno, status=status, stage=event.stage, tail=tail)
 
 
 def guest_failure(info: ExitInfo | None, transcript: str) -> GuestError:
@@ -336,6 +391,31 @@ def _kernel(
             field="kernel",
         )
     return path, "amd64" if boot.is_64bit(boot.read_file(path, "kernel"), path) else "i386"
+
+
+def _modules(
+    machine: Machine,
+    kernel: str | os.PathLike[str],
+    names: Sequence[str],
+    progress: packages.Progress | None,
+) -> list[modules_.Module]:
+    """What to load, in its order: the drivers of the machine's virtio devices, and `names`."""
+    from polyvisor.images import modules
+
+    if isinstance(names, str):
+        raise ConfigError(
+            'modules must be a list of names, such as ["virtio_blk"]', field="modules"
+        )
+    if not isinstance(kernel, str) or kernel not in kernels.NAMES:
+        if not names:  # a kernel of the user's own may have the drivers built in
+            return []
+        raise ConfigError(
+            f"modules are known for the kernels {', '.join(kernels.NAMES)} only, not for "
+            f"{os.fspath(kernel)!r}",
+            field="modules",
+        )
+    wanted = [*modules.drivers(machine), *names]
+    return modules.fetch(kernel, progress=progress)[1].closure(wanted) if wanted else []
 
 
 def _load(machine: Machine, image: str, initrd: bytes, cmdline: str) -> None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Literal
 
+    from polyvisor.images.modules import Module
+
     Architecture = Literal["amd64", "i386"]
     AnyPath = str | os.PathLike[str]
 
@@ -55,6 +57,11 @@ class Command(Record):
     hostname: str = "polyvisor"
     #: Run it on a pseudo-terminal, stdout and stderr together, instead of on pipes.
     terminal: bool = False
+    #: Of the terminal: rows and columns. None: 24 and 80.
+    terminal_size: tuple[int, int] | None = None
+    #: Numbers of the user and the group that it runs as.
+    user: int = 0
+    group: int = 0
 
 
 def build(
@@ -62,22 +69,47 @@ def build(
     *,
     architecture: Architecture = "amd64",
     files: Mapping[str, bytes] | None = None,
+    modules: Sequence[Module] = (),
     busybox: AnyPath | None = None,
     init: AnyPath | None = None,
 ) -> bytes:
-    """The whole initramfs. `files` are added as they are (path to content, mode 0755).
+    """The whole initramfs. `files` are added as they are (path to content, mode 0755), `modules`
+    loaded in their order before anything runs.
 
     Without a command, init starts a shell on the first serial port. Raises `ImageError` when
     busybox or init is missing, `ConfigError` for a command that no program can be given.
     """
     archive = Archive()
     archive.file("init", _read(init or _init_path(architecture)), 0o755)
+    load = _loads(modules)
     if command is not None:
-        archive.file(".polyvisor/command", encode(command), 0o600)
+        load += encode(command)
+    if load:
+        archive.file(".polyvisor/command", load, 0o600)
+    for module in modules:
+        archive.file(module.path, module.data)
     for path, data in (files or {}).items():
         archive.file(path, data, 0o755)
     base = base_archive(busybox or _busybox_path(architecture))
     return base + archive.finish()
+
+
+def for_disk(modules: Sequence[Module], architecture: Architecture = "amd64") -> bytes:
+    """An initramfs for a guest whose root file system is on a disk: loads `modules`, mounts what
+    the kernel's command line says (guest/root.h) and starts the system there."""
+    archive = Archive()
+    archive.file("init", _read(_init_path(architecture)), 0o755)
+    for name in ("proc", "sys", "dev"):
+        archive.directory(name)
+    archive.device("dev/console", 5, 1)
+    archive.file(".polyvisor/command", _loads(modules) + b"r\0", 0o600)
+    for module in modules:
+        archive.file(module.path, module.data)
+    return archive.finish()
+
+
+def _loads(modules: Sequence[Module]) -> bytes:
+    return b"".join(os.fsencode(f"m/{module.path}") + b"\0" for module in modules)
 
 
 def encode(command: Command) -> bytes:
@@ -97,7 +129,11 @@ def encode(command: Command) -> bytes:
             field="argv",
         )
     records = ["d" + command.directory, "h" + command.hostname]
-    records += ["t"] if command.terminal else []
+    if command.terminal:
+        rows, columns = command.terminal_size or (24, 80)
+        records.append(f"t{rows} {columns}")
+    if command.user or command.group:
+        records += [f"u{command.user}", f"g{command.group}"]
     records += ["e" + name + "=" + value for name, value in variables.items()]
     records += ["a" + argument for argument in arguments]
     for record in records:

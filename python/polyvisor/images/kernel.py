@@ -74,6 +74,11 @@ class Kernel(Record):
         return self._info["version"]
 
     @property
+    def release(self) -> str:
+        """What the kernel calls itself (`uname -r`), and its modules' folder is called."""
+        return self._info["release"]
+
+    @property
     def _info(self) -> dict[str, str]:
         import json
 

@@ -181,6 +181,21 @@ class Apt:
         return done.stdout
 
 
+def save_tar(deb: Path, target: Path) -> None:
+    """Stores a .deb's files as a tar without compression; `ImageError` for a damaged one."""
+    with target.open("wb") as file:
+        done = subprocess.run(
+            ["dpkg-deb", "--fsys-tarfile", deb],
+            stdout=file,
+            stderr=subprocess.PIPE,
+            check=False,
+            timeout=_TIMEOUT,
+        )
+    if done.returncode:
+        reason = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        raise ImageError(f"{deb.name} is corrupt: {reason}", reason="corrupt")
+
+
 def unpack(deb: Path, target: Path, wanted: str | None = None) -> None:
     """Unpacks a .deb's regular files; with `wanted` (a regular expression of "boot/vmlinuz-6.1")
     only those.

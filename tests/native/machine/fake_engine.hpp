@@ -47,6 +47,10 @@ class FakeVcpu final : public Vcpu {
     void raise_int3() override { ++int3s; }
     CpuState save() const override { return state; }
     void restore(const CpuState& to) override { state = to; }
+    GeneralRegisters general() const override { return {state.gpr, state.rip, state.rflags}; }
+    void set_general(const GeneralRegisters& to) override {
+        state.gpr = to.gpr, state.rip = to.rip, state.rflags = to.rflags;
+    }
     u32 id() const override { return id_; }
     bool translate(u64, u64&) const override { return false; }
     std::vector<Counter> counters() const override { return {{"runs", runs}}; }

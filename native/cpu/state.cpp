@@ -130,7 +130,6 @@ void validate(const CpuState& s) {
     check(!(efer & ~u64{0x20fd01}), "msr.efer", "has reserved bits set");
     check(lma == (lme && pg), "msr.efer", "has LMA different from LME and CR0.PG");
     check(!lma || (cr4 & bit(5)), "cr4", "is in long mode without PAE");
-    check(!la57 || lma || !pg, "cr4", "has LA57 set with paging outside long mode");
     check(!(cr4 & bit(17)) || lma, "cr4", "has PCIDE set outside long mode");
     check(!(s.cr3 >> 52), "cr3", "has bits above 51 set");
 

@@ -193,6 +193,25 @@ void five_levels() {
     }
 }
 
+// Outside long mode CR4.LA57 can be set, as one does on the way there; it means nothing yet (SDM 3A,
+// 2.5), and a state with it can be saved and restored.
+void five_levels_outside_long_mode() {
+    Machine m(Mode::kProtected32);
+    m.put<u32>(kPages + 0x10, 0x12345678);
+    u64 cr4 = m.state.cr4 | bit(12);
+    m.state.gpr[kRax] = cr4;
+    m.state.gpr[kRsi] = kPages + 0x10;
+    m.start(BYTES("\x0f\x22\xe0\x8b\x1e\xf4"));  // mov cr4, eax; mov ebx, [esi]; hlt
+    CHECK_EQ(m.run().reason, ExitReason::kHalt);
+    CpuState state = m.vcpu->save();
+    CHECK_EQ(state.cr4, cr4);
+    CHECK(state.cr0 & bit(31));
+    CHECK_EQ(state.gpr[kRbx], u64{0x12345678});
+    validate(state);
+    m.vcpu->restore(state);
+    CHECK(m.vcpu->save() == state);
+}
+
 // --- Against a model, through the soft TLB -------------------------------------------------------
 
 struct Model {
@@ -356,6 +375,7 @@ int main() {
     permissions();
     crossing();
     five_levels();
+    five_levels_outside_long_mode();
     random_sequences();
     return finish("test_system_paging");
 }

@@ -193,8 +193,8 @@ void five_levels() {
     }
 }
 
-// Outside long mode CR4.LA57 can be set, as one does on the way there; it means nothing yet (SDM 3A,
-// 2.5), and a state with it can be saved and restored.
+// Outside long mode CR4.LA57 can be set, as one does on the way there; it means nothing yet (SDM
+// 3A, 2.5), and a state with it can be saved and restored.
 void five_levels_outside_long_mode() {
     Machine m(Mode::kProtected32);
     m.put<u32>(kPages + 0x10, 0x12345678);
